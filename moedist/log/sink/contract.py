@@ -1,0 +1,63 @@
+"""Where numbers go. A sink never stops a run: what it cannot deliver it drops with one warning, or keeps for later."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from moedist.config import Choice
+
+Value = float | int | str | bool | list[Any] | None
+"""A metric: a number, or a (nested) list of numbers over all experts by global id, or over layers and experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What a sink may know of the run.
+
+    Attributes:
+        directory: the run folder; a sink writes below it only.
+        name: the run's name for people.
+        run_id: stable id of the run, the same after a resume (kept in checkpoints): 8 letters and digits.
+        resumed_step: the step that this process resumes from; 0 for a fresh start. Records up to the last step that a
+            sink already holds and beyond ``resumed_step`` are replays.
+        config: the run's configuration as plain mappings, unresolved, secrets redacted.
+        num_steps: the last step of the run.
+        device: a word on the hardware (``4 x cpu``).
+    """
+
+    directory: Path
+    name: str
+    run_id: str
+    resumed_step: int
+    config: Mapping[str, Any]
+    num_steps: int
+    device: str
+
+
+class Sink(Protocol):
+    """Takes records on global rank 0."""
+
+    def write(self, record: Mapping[str, Value]) -> None:
+        """One log step. Keys are metric names of semantics ``train/step``, ``moe/layer_00/load``, ... Never raises,
+        never waits for a network."""
+        ...
+
+    def say(self, line: str) -> None:
+        """One line of text for people (yardsticks, warnings, where things lie)."""
+        ...
+
+    def close(self, status: str) -> None:
+        """Ends the record within ten seconds; ``status`` is ``done``, ``preempted`` or ``failed``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkConfig(Choice, path="log.sink"):
+    """One place where numbers go."""
+
+    def open(self, run: RunInfo) -> Sink:
+        """Opens the sink for a run; called on global rank 0 only."""
+        raise NotImplementedError

@@ -1,0 +1,41 @@
+"""One line of ranks along a named mesh axis."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """This rank's line along a mesh axis.
+
+    Holds the process group's name and never the group: an object kept by an autograd graph may outlive the group, and
+    a group kept alive by a graph aborts the process at exit.
+
+    Attributes:
+        name: ``dp`` (data parallel: all ranks that hold a copy of the dense weights), ``ep`` (expert parallel) or
+            ``edp`` (expert data parallel: the ranks that hold the same experts).
+        size: number of ranks on the line.
+        rank: this rank's place on the line, 0 to ``size - 1``.
+        group_name: name of the process group; None for a process on its own.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group_name: str | None = None
+
+    @classmethod
+    def of(cls, device_mesh: DeviceMesh, name: str) -> Axis:
+        """The line of a one-axis ``device_mesh`` (a slice or a flattened mesh)."""
+        return cls(name, device_mesh.size(), device_mesh.get_local_rank(), device_mesh.get_group().group_name)
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The live process group; asked for at each use, never stored."""
+        assert self.group_name is not None, f"axis {self.name} has no process group"
+        return _resolve_process_group(self.group_name)

@@ -1,0 +1,78 @@
+"""The collectives of the whole project, each over an `Axis`; outside mesh/ and moe/dispatch/ nobody calls torch's.
+
+All are bounded in time by the process group's time-out (``mesh.timeout_s``).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moedist.mesh.axis import Axis
+
+
+def all_sum(tensor: Tensor, axis: Axis) -> Tensor:
+    """Sums ``tensor`` over the axis, in place; returns it."""
+    if axis.group_name is not None:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=axis.group)
+    return tensor
+
+
+def all_max(tensor: Tensor, axis: Axis) -> Tensor:
+    """Largest value over the axis, element by element, in place; returns it."""
+    if axis.group_name is not None:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=axis.group)
+    return tensor
+
+
+def all_to_all(
+    send: Tensor, axis: Axis, send_sizes: list[int] | None = None, receive_sizes: list[int] | None = None
+) -> Tensor:
+    """Exchanges blocks of rows: block ``i`` of ``send`` goes to rank ``i`` of the axis.
+
+    Args:
+        send: [rows, ...], contiguous, its blocks in the order of the axis.
+        send_sizes, receive_sizes: rows per rank; None for equal blocks.
+
+    Returns:
+        [sum(receive_sizes), ...]: the blocks of every rank in the order of the axis. Not differentiable.
+    """
+    if axis.group_name is None:
+        return send
+    num_rows = send.shape[0] if receive_sizes is None else sum(receive_sizes)
+    received = send.new_empty((num_rows, *send.shape[1:]))
+    dist.all_to_all_single(received, send.contiguous(), receive_sizes, send_sizes, group=axis.group)
+    return received
+
+
+def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
+    """[size, ...]: every rank's ``tensor`` (of one shape), in the order of the axis."""
+    if axis.group_name is None:
+        return tensor[None].clone()
+    gathered = tensor.new_empty((axis.size, *tensor.shape))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=axis.group)
+    return gathered
+
+
+def broadcast_json(value: Any, axis: Axis, device: torch.device) -> Any:
+    """Rank 0's ``value`` on every rank. Travels as JSON bytes: torch's object collectives unpickle what they get."""
+    if axis.group_name is None:
+        return value
+    payload = torch.tensor(list(json.dumps(value).encode()) if axis.rank == 0 else [], dtype=torch.uint8, device=device)
+    size = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
+    dist.broadcast(size, group=axis.group, group_src=0)
+    if axis.rank != 0:
+        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(payload, group=axis.group, group_src=0)
+    return json.loads(bytes(payload.cpu().tolist()))
+
+
+def barrier(axis: Axis, device: torch.device) -> None:
+    """Returns when every rank of the axis has arrived."""
+    all_sum(torch.zeros(1, device=device), axis)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,67 @@
+"""What a MoE layer tells besides its output: returned, never left on the layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEReport:
+    """One layer's account of one micro-batch on one rank.
+
+    Attributes:
+        losses: unscaled balance losses by name, 0-dim, fp32 or wider, with gradient: this rank's share, so that the
+            sum over ranks and micro-batches is the value of the step.
+        coefficients: what each loss is multiplied by, once, in the objective.
+        router_entropy: 0-dim, without gradient: this rank's share of mean over tokens of H(p) / ln E.
+        asked_E: int64 pairs per expert (global id) before any limit.
+        kept_E: int64 pairs per expert after it.
+    """
+
+    losses: dict[str, Tensor]
+    coefficients: dict[str, float]
+    router_entropy: Tensor
+    asked_E: Tensor
+    kept_E: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedReports:
+    """The reports of L layers as two tensors, so that one reduce serves all layers.
+
+    Attributes:
+        names: the J names of the losses, over all layers.
+        loss_LJ: unscaled shares with gradient; 0 where a layer lacks a loss.
+        coefficient_LJ: their coefficients.
+        entropy_L: shares of the router entropy.
+        count_LME: int64; M = 2: asked, kept.
+    """
+
+    names: tuple[str, ...]
+    loss_LJ: Tensor
+    coefficient_LJ: Tensor
+    entropy_L: Tensor
+    count_LME: Tensor
+
+    def objective(self) -> Tensor:
+        """0-dim: sum over layers and losses of coefficient x loss, this rank's share."""
+        return (self.loss_LJ * self.coefficient_LJ).sum()
+
+
+def pack_reports(reports: Sequence[MoEReport]) -> PackedReports:
+    """Packs the reports of all MoE layers of a model (at least one), in their order."""
+    names = tuple(dict.fromkeys(name for report in reports for name in report.losses))
+    zero = reports[0].router_entropy.new_zeros(())
+    loss_LJ = torch.stack([torch.stack([r.losses.get(name, zero) for name in names] or [zero]) for r in reports])
+    coefficient_LJ = loss_LJ.new_tensor([[r.coefficients.get(name, 0.0) for name in names] or [0.0] for r in reports])
+    return PackedReports(
+        names=names,
+        loss_LJ=loss_LJ,
+        coefficient_LJ=coefficient_LJ,
+        entropy_L=torch.stack([r.router_entropy for r in reports]),
+        count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E]) for r in reports]),
+    )
