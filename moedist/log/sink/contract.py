@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from moedist.config import Choice
 
@@ -18,7 +19,7 @@ class RunInfo:
     """What a sink may know of the run.
 
     Attributes:
-        directory: the run folder; a sink writes below it only.
+        directory: the run folder, which exists; a sink writes below it only.
         name: the run's name for people.
         run_id: stable id of the run, the same after a resume (kept in checkpoints): 8 letters and digits.
         resumed_step: the step that this process resumes from; 0 for a fresh start. Records up to the last step that a
@@ -26,6 +27,8 @@ class RunInfo:
         config: the run's configuration as plain mappings, unresolved, secrets redacted.
         num_steps: the last step of the run.
         device: a word on the hardware (``4 x cpu``).
+        max_expert_keys: bound on per-expert scalar keys for sinks that keep one series per key.
+        terminal: where people look; the rank's own stdout may be a log file.
     """
 
     directory: Path
@@ -35,14 +38,16 @@ class RunInfo:
     config: Mapping[str, Any]
     num_steps: int
     device: str
+    max_expert_keys: int = 512
+    terminal: TextIO = dataclasses.field(default_factory=lambda: sys.stdout)
 
 
 class Sink(Protocol):
     """Takes records on global rank 0."""
 
     def write(self, record: Mapping[str, Value]) -> None:
-        """One log step. Keys are metric names of semantics ``train/step``, ``moe/layer_00/load``, ... Never raises,
-        never waits for a network."""
+        """One log step. Keys are metric names of semantics ``train/step``, ``moe/layer_00/load``, ... Every record has
+        ``train/step``. Never waits for a network."""
         ...
 
     def say(self, line: str) -> None:
