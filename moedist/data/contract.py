@@ -12,18 +12,28 @@ from moedist.config import Choice
 Split = Literal["train", "valid"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Documents:
-    """The token stream of one split.
+    """The token stream of one split: all documents, end to end.
+
+    Where documents begin is known from ``start_G``, or, where a format keeps no offsets, from ``end_id``: the token
+    after it begins a new document. With neither, the stream is one document. A memory-mapped stream is thus cut row
+    by row as it is read, never scanned as a whole.
 
     Attributes:
-        token_N: 1-D array of ids (in memory or memory-mapped): all documents, end to end.
-        start_G: int64 offset of each document's first token, ascending, ``start_G[0] == 0``; together with
-            ``len(token_N)`` it cuts the stream.
+        parts: 1-D arrays of unsigned or signed integers, in memory or memory-mapped; the stream is their concatenation.
+        start_G: int64 offset of each document's first token, strictly ascending, ``start_G[0] == 0``; or None.
+        end_id: the id that ends a document; or None.
     """
 
-    token_N: np.ndarray
-    start_G: np.ndarray
+    parts: tuple[np.ndarray, ...]
+    start_G: np.ndarray | None = None
+    end_id: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the stream."""
+        return sum(len(part) for part in self.parts)
 
 
 class Source(Protocol):
@@ -36,12 +46,13 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what was read: two corpora with one fingerprint are the same (kept in the checkpoint)."""
+        """Hex SHA-256 of what was read, kept in the checkpoint. Corpora with unlike fingerprints differ; those with
+        one are the same (up to what a memory-mapped source says it does not read)."""
         ...
 
     @property
     def byte_level(self) -> bool:
-        """True where token ids below 256 are bytes, so that losses are nats per byte and a bigram yardstick holds."""
+        """True where ids below 256 are bytes, so that losses are nats per byte and the bigram yardstick holds."""
         ...
 
     def describe(self) -> str:
@@ -49,7 +60,7 @@ class Source(Protocol):
         ...
 
     def documents(self, split: Split) -> Documents:
-        """The documents of one split."""
+        """The documents of one split; an empty stream where there is no held-out part."""
         ...
 
 
@@ -59,7 +70,7 @@ class DataConfig(Choice, path="data"):
 
     Attributes:
         cross_documents: whether attention may look into the previous document of a packed row. False: attention and
-            positions start again with each document.
+            positions start again with each document, and no document's end predicts the next one's beginning.
     """
 
     cross_documents: bool = False
