@@ -47,7 +47,9 @@ def find_files(key: str, patterns: tuple[str, ...]) -> list[Path]:
             a link leads out of its folder.
     """
     if not patterns:
-        raise ConfigError(key, [], "names no files", f"Set {key} to files, globs or folders: data.{key}='[corpus/*.txt]'.")
+        raise ConfigError(
+            key, [], "names no files", f"Set {key} to files, globs or folders: data.{key}='[corpus/*.txt]'."
+        )
     found: dict[Path, None] = {}
     for pattern in patterns:
         for path in _expand(key, os.path.expanduser(pattern)):
