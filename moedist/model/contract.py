@@ -1,0 +1,85 @@
+"""What every model is: tokens in, logits and one report per MoE layer out, written for one device."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moedist.config import Choice
+from moedist.model.batch import TokenBatch
+from moedist.moe.report import MoEReport
+
+if TYPE_CHECKING:
+    from moedist.moe.layer import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """What a forward pass knows about the step it belongs to.
+
+    Attributes:
+        seed: the run's seed.
+        step: 0-dim int64: optimizer steps taken before this one.
+        num_tokens: 0-dim int64: valid tokens of the step's whole global batch.
+        training: whether training-only parts (noise, jitter) act.
+    """
+
+    seed: int
+    step: Tensor
+    num_tokens: Tensor
+    training: bool
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns. A named tuple, because wrappers that hook a module's output tensors look into tuples only.
+
+    Attributes:
+        logits_BSV: scores of the next token, in the dtype of the head's matmul.
+        reports: one per MoE layer, in the order of ``model.moe_blocks``.
+    """
+
+    logits_BSV: Tensor
+    reports: tuple[MoEReport, ...]
+
+
+class LanguageModel(nn.Module):
+    """The base of every model.
+
+    Attributes:
+        moe_blocks: index of the block (from 0) of each report.
+    """
+
+    moe_blocks: tuple[int, ...]
+
+    def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:
+        """Runs one micro-batch of one rank."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Choice, path="model"):
+    """One model family."""
+
+    def build(
+        self,
+        vocab_size: int,
+        moe: MoEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LanguageModel:
+        """Builds the model; `moedist.model.init.init_weights` gives its first values.
+
+        Args:
+            vocab_size: number of token ids (V).
+            moe: the run's MoE layer, for every block that does not bring its own.
+            device: where; ``meta`` for a model without storage.
+            dtype: of all parameters; None for torch's default.
+
+        Raises:
+            ConfigError: sizes that do not fit together.
+        """
+        raise NotImplementedError

@@ -1,0 +1,64 @@
+"""A mixture-of-experts layer as the feed-forward half of a block."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from moedist.model.ffn.contract import FFN, FFNConfig, FFNOutput
+from moedist.moe.context import TokenContext
+from moedist.moe.layer import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEFFNConfig(FFNConfig):
+    """A MoE layer.
+
+    Attributes:
+        moe: the layer; None for the run's own (``moe``).
+    """
+
+    moe: MoEConfig | None = None
+
+    def build(
+        self,
+        dim: int,
+        *,
+        layer: int,
+        moe: MoEConfig,
+        output_scale: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MoEFFN:
+        """Builds the module; arguments as in the contract."""
+        return MoEFFN(self.moe or moe, dim, layer, device, dtype)
+
+
+class MoEFFN(FFN):
+    """A MoE layer on the positions of a micro-batch. Child: moe."""
+
+    has_report = True
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        dim: int,
+        layer: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        self.moe = config.build(dim, layer=layer, device=device, dtype=dtype)
+        self.share = Fraction(config.router.top_k, config.num_experts)
+
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> FFNOutput:
+        """[B, S, D] -> [B, S, D]; the layer sees x_TD, row after row."""
+        output = self.moe(x_BSD.flatten(0, 1), context)
+        return FFNOutput(output.out_TD.view_as(x_BSD), output.report)
+
+    def active_shares(self) -> dict[str, Fraction]:
+        """A token meets ``top_k`` of the experts."""
+        return {"moe.bank": self.share}

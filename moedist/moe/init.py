@@ -1,0 +1,43 @@
+"""How every parameter gets its first value: drawn by the parameter's name, on the CPU, in fp32.
+
+So the first value depends on the seed and the name alone: not on the order of building, the device, the dtype, or the
+ranks that hold the parameter. An expert's name holds its global id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Draw = Callable[[str], torch.Generator]
+"""Gives the generator of a name relative to the module that asks: ``draw("weight")``, ``draw("expert.17.up")``."""
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator whose state is the first 64 bits of SHA-256 of ``seed/name``.
+
+    >>> torch.rand((), generator=named_generator(0, "a")) == torch.rand((), generator=named_generator(0, "a"))
+    tensor(True)
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def named_draw(seed: int, prefix: str = "") -> Draw:
+    """The `Draw` of the module whose fully qualified name is ``prefix`` (empty for the root)."""
+    return lambda name: named_generator(seed, f"{prefix}.{name}" if prefix else name)
+
+
+def fill_normal(parameter: Tensor, generator: torch.Generator, std: float) -> None:
+    """Fills ``parameter`` (any shape, floating dtype and device) in place from a normal distribution cut at three ``std``.
+
+    The values are drawn on the CPU in fp32 and then rounded to the parameter's dtype.
+    """
+    assert not parameter.is_meta, "a meta tensor has no storage to fill: call to_empty(device=...) first"
+    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
+    with torch.no_grad():
+        parameter.copy_(drawn)
