@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -12,6 +12,13 @@ from moedist.config import Choice
 
 Value = float | int | str | bool | list[Any] | None
 """A metric: a number, or a (nested) list of numbers over all experts by global id, or over layers and experts."""
+
+
+def step_of(record: Mapping[str, Value]) -> int:
+    """The optimizer step of a record."""
+    step = record["train/step"]
+    assert isinstance(step, int), f"train/step is {step!r}"
+    return step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +53,9 @@ class Sink(Protocol):
     """Takes records on global rank 0."""
 
     def write(self, record: Mapping[str, Value]) -> None:
-        """One log step. Keys are metric names of semantics ``train/step``, ``moe/layer_00/load``, ... Every record has
-        ``train/step``. Never waits for a network."""
+        """One log step: keys are metric names (moedist.log.metrics), ``train/step`` always among them. Each step comes
+        once per process, evaluation included. Never waits for a network.
+        """
         ...
 
     def say(self, line: str) -> None:
@@ -63,6 +71,11 @@ class Sink(Protocol):
 class SinkConfig(Choice, path="log.sink"):
     """One place where numbers go."""
 
-    def open(self, run: RunInfo) -> Sink:
-        """Opens the sink for a run; called on global rank 0 only."""
+    def open(self, run: RunInfo, say: Callable[[str], None]) -> Sink:
+        """Opens the sink for a run; called on global rank 0 only.
+
+        Args:
+            run: what the sink may know of it.
+            say: tells people one line, such as a warning; may be called from any thread.
+        """
         raise NotImplementedError

@@ -1,17 +1,320 @@
-"""To be filled in the next commit."""
+"""Metrics to Weights & Biases: online where that works, else to files below the run folder that upload later.
+
+A run never waits here: one daemon thread imports, decides, connects and sends; the loop fills a bounded queue.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Literal
+import json
+import netrc
+import os
+import queue
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from moedist.log.sink.contract import SinkConfig
+import numpy as np
+
+from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
+
+PROBE_S = 3.0
+INIT_S = 15
+CLOSE_S = 10.0
+MAX_BINS = 512  # of a W&B histogram
+QUEUE_SIZE = 1000
+
+# wandb records command lines, the machine, the packages, git and code by itself; secrets travel in all of them.
+PRIVATE: dict[str, Any] = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "save_code": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+    "host": "",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig(SinkConfig):
+    """Weights & Biases. The key comes from WANDB_API_KEY or netrc only, never from a config.
+
+    Attributes:
+        project, entity, group, tags: where the run stands there; entity None for the key's default.
+        mode: ``auto`` obeys WANDB_MODE, and without it is online where there is a key and the server (WANDB_BASE_URL)
+            answers; ``online`` falls back to offline likewise, with a warning; ``offline`` writes files below
+            ``<run>/wandb`` for ``wandb sync``; ``disabled`` does nothing.
+    """
+
     project: str = "moedist"
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+    def open(self, run: RunInfo, say: Callable[[str], None]) -> Sink:
+        return WandbSink(self, run, say)
+
+
+class WandbSink:
+    """Sends records in the background, `QUEUE_SIZE` of them at most waiting.
+
+    ``train/step`` is the axis of everything; W&B's own step is never set, so that rows after a resume from an older
+    step are kept. Steps that an earlier process of the same run already sent are not sent again: the last one lies in
+    ``<run>/wandb/last_step.json``.
+    """
+
+    def __init__(self, config: WandbConfig, run: RunInfo, say: Callable[[str], None]):
+        self._config, self._run, self._say = config, run, say
+        self._queue: queue.Queue[Mapping[str, Value] | None] = queue.Queue(QUEUE_SIZE)
+        self._last_step = LastStep(run.directory / "wandb" / "last_step.json", run.run_id)
+        self._exit_code = 0
+        self._warned: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, record: Mapping[str, Value]) -> None:
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            self._warn("is too slow; it misses rows that metrics.jsonl has")
+
+    def say(self, line: str) -> None:
+        """Text is for people at the terminal."""
+
+    def close(self, status: str) -> None:
+        self._exit_code = {"done": 0, "preempted": 75}.get(status, 1)
+        deadline = time.monotonic() + CLOSE_S
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=CLOSE_S)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._warn(f"did not finish within {CLOSE_S:.0f} s; what is missing there: wandb sync {self._folder()}")
+
+    def _work(self) -> None:
+        try:
+            tracker = self._start()
+            if tracker is None:
+                self._drain()
+                return
+        except Exception as error:
+            self._warn(f"is off: {_first_line(error)}")
+            self._drain()
+            return
+        rows = Rows(self._run.max_expert_keys, self._say)
+        held = max(self._last_step.read(), _held_online(tracker))
+        while (record := self._queue.get()) is not None:
+            if step_of(record) <= held:
+                continue
+            try:
+                tracker.log(rows.of(record))
+                self._last_step.write(step_of(record))
+            except Exception as error:
+                self._warn(f"misses rows: {_first_line(error)}")
+        tracker.finish(exit_code=self._exit_code)
+
+    def _start(self) -> Any:
+        """The tracker's run, or None where it is disabled."""
+        mode, reason = decide_mode(self._config.mode)
+        if mode == "disabled":
+            return None
+        tracker = None
+        if mode == "online":
+            try:
+                tracker = self._init("online")
+                self._say(f"W&B: online, {tracker.url}")
+            except Exception as error:  # a key that the server refuses, a server that goes away meanwhile
+                reason = _first_line(error)
+        if tracker is None:
+            tracker = self._init("offline")
+            why = f" ({reason})" if reason else ""
+            self._say(f"W&B: offline{why}. To upload later: wandb sync {self._folder()}")
+        tracker.define_metric("train/step")
+        tracker.define_metric("*", step_metric="train/step")
+        return tracker
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            **PRIVATE,
+            silent=True,
+            init_timeout=INIT_S,
+            login_timeout=INIT_S,
+            finish_timeout=CLOSE_S - 2,
+            x_transaction_log_flush_interval=1.0,  # what a killed machine may lose
+        )
+        return wandb.init(
+            dir=self._run.directory,
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            tags=self._config.tags,
+            name=self._run.name,
+            id=self._run.run_id,
+            resume="allow",
+            mode=mode,
+            config={**self._run.config, "hardware": self._run.device},
+            settings=settings,
+        )
+
+    def _drain(self) -> None:
+        while self._queue.get() is not None:
+            pass
+
+    def _folder(self) -> Path:
+        return self._run.directory / "wandb"
+
+    def _warn(self, what: str) -> None:
+        """Each kind of trouble once."""
+        kind = what.partition(":")[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self._say(f"Warning: W&B {what}. The run goes on.")
+
+
+class Rows:
+    """Turns records into rows for W&B.
+
+    A list over experts (``moe/layer_00/load``) becomes a histogram with one bin per expert, which draws as a heat map
+    of expert x step, and scalars ``moe/layer_00/expert_003/load``, the first ``max_expert_keys`` of all.
+    """
+
+    def __init__(self, max_expert_keys: int, say: Callable[[str], None]):
+        self._max_keys, self._say = max_expert_keys, say
+        self._expert_keys: set[str] = set()
+        self._refused = False
+
+    def of(self, record: Mapping[str, Value]) -> dict[str, Any]:
+        """A record as W&B takes it; other values pass unchanged."""
+        row: dict[str, Any] = {}
+        for key, value in record.items():
+            if isinstance(value, list):
+                row[key] = expert_histogram(value)
+                row.update(self._scalars(key, value))
+            else:
+                row[key] = value
+        return row
+
+    def _scalars(self, key: str, count_E: Sequence[int]) -> dict[str, int]:
+        layer, _, quantity = key.rpartition("/")
+        scalars = {f"{layer}/expert_{expert:03d}/{quantity}": count for expert, count in enumerate(count_E)}
+        for name in scalars:
+            if len(self._expert_keys) < self._max_keys:
+                self._expert_keys.add(name)
+        if not self._refused and not scalars.keys() <= self._expert_keys:
+            self._refused = True
+            self._say(
+                f"W&B: per-expert scalars stop at log.max_expert_keys = {self._max_keys}; "
+                "the histograms hold all experts."
+            )
+        return {name: count for name, count in scalars.items() if name in self._expert_keys}
+
+
+def expert_histogram(count_E: Sequence[int]) -> Any:
+    """One bin per expert by global id; above `MAX_BINS` experts, one per equal run of neighbours."""
+    import wandb
+
+    width = -(-len(count_E) // MAX_BINS)
+    edges = np.arange(0, len(count_E) + width, width)
+    count_B = np.add.reduceat(np.asarray(count_E), edges[:-1])
+    return wandb.Histogram(np_histogram=(count_B, edges))
+
+
+@dataclasses.dataclass(frozen=True)
+class LastStep:
+    """The last step that W&B got, of one run, in a file that a kill leaves whole."""
+
+    path: Path
+    run_id: str
+
+    def read(self) -> int:
+        """0 where no process of this run has sent anything."""
+        try:
+            held = json.loads(self.path.read_text())
+            return int(held["step"]) if held["run_id"] == self.run_id else 0
+        except (OSError, ValueError, TypeError, KeyError):
+            return 0
+
+    def write(self, step: int) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps({"run_id": self.run_id, "step": step}))
+        new.replace(self.path)
+
+
+def decide_mode(wish: str) -> tuple[Literal["online", "offline", "disabled"], str]:
+    """Where a run goes, before wandb tries (it would block for minutes): the mode, and why it is not online.
+
+    Takes up to `PROBE_S` seconds, and no network where the answer is known without.
+    """
+    if wish == "auto":
+        wish = {"dryrun": "offline", "run": "online"}.get(mode := os.environ.get("WANDB_MODE", "auto"), mode)
+        reason = "WANDB_MODE"
+    else:
+        reason = ""
+    if wish == "disabled":
+        return "disabled", reason
+    if wish == "offline":
+        return "offline", reason
+    import wandb
+
+    url = wandb.setup().settings.base_url
+    if not has_key(url):
+        return "offline", "no API key: set WANDB_API_KEY or run wandb login"
+    trouble = probe(url)
+    return ("offline", trouble) if trouble else ("online", "")
+
+
+def has_key(base_url: str) -> bool:
+    """Whether wandb will find credentials without asking: environment or netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    # wandb takes the keys of its old address for its present one.
+    hosts = {urlsplit(base_url).netloc} | ({"api.wandb.ai"} if base_url.endswith(".coreweave.com") else set())
+    try:
+        entries = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(host in entries.hosts for host in hosts)
+
+
+def probe(base_url: str) -> str:
+    """Why the server is of no use, or '' if it answers within `PROBE_S` seconds in all, name look-up included."""
+    host = urlsplit(base_url).netloc.rpartition("@")[2]
+    trouble = f"{host} does not answer within {PROBE_S:.0f} s"
+
+    def ask() -> None:
+        nonlocal trouble
+        try:
+            with urllib.request.urlopen(base_url, timeout=PROBE_S):
+                trouble = ""
+        except urllib.error.HTTPError as error:  # an answer all the same, unless the server is broken
+            trouble = f"{host} answers with error {error.code}" if error.code >= 500 else ""
+        except (OSError, ValueError) as error:
+            trouble = f"{host} cannot be reached: {_first_line(getattr(error, 'reason', error))}"
+
+    thread = threading.Thread(target=ask, daemon=True)  # name look-up knows no time-out
+    thread.start()
+    thread.join(PROBE_S)
+    return trouble
+
+
+def _held_online(tracker: Any) -> int:
+    """The last step that the server already has of this run; 0 offline and for a new run."""
+    step = tracker.summary.get("train/step", 0)
+    return step if isinstance(step, int) else 0
+
+
+def _first_line(error: object) -> str:
+    """An error as part of a sentence; URLs lose their credentials."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return re.sub(r"//[^/\s]*@", "//", line)
