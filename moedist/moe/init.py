@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Draw = Callable[[str], torch.Generator]
-"""Gives the generator of a name relative to the module that asks: ``draw("weight")``, ``draw("expert.17.up")``."""
+"""Gives a module the generator of a name relative to it: ``draw("weight")``, ``draw("expert.17.up")``."""
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -31,10 +31,15 @@ def named_draw(seed: int, prefix: str = "") -> Draw:
     return lambda name: named_generator(seed, f"{prefix}.{name}" if prefix else name)
 
 
-def fill_normal(parameter: Tensor, generator: torch.Generator, std: float) -> None:
-    """Fills ``parameter`` (any shape, floating dtype and device) in place from a normal distribution cut at three ``std``.
+def below(draw: Draw, child: str) -> Draw:
+    """The `Draw` of a module's child."""
+    return lambda name: draw(f"{child}.{name}")
 
-    The values are drawn on the CPU in fp32 and then rounded to the parameter's dtype.
+
+def fill_normal(parameter: Tensor, generator: torch.Generator, std: float) -> None:
+    """Fills ``parameter`` in place from a normal distribution cut at three ``std``.
+
+    Any shape, floating dtype and device; the values are drawn on the CPU in fp32, then rounded to the parameter's dtype.
     """
     assert not parameter.is_meta, "a meta tensor has no storage to fill: call to_empty(device=...) first"
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")

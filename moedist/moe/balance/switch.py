@@ -1,0 +1,60 @@
+"""The balance loss of Switch Transformer (Fedus et al. 2022, equations 4 to 6), for any K and scope."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moedist.mesh.collectives import all_sum
+from moedist.moe.balance.contract import BalanceConfig, BalanceLoss, per_token
+from moedist.moe.context import TokenContext
+from moedist.moe.plan import CapacityPlan, count
+from moedist.moe.router.contract import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchConfig(BalanceConfig):
+    """``E * sum_i f_i * P_i``; 1 for uniform routing at any K.
+
+    f_i is expert i's share of the pairs *before* any drop (counted after it, a full expert would look balanced and the
+    gradient would die); P_i is the mean of the full distribution and carries the gradient.
+
+    Attributes:
+        scope: the tokens over which f is counted: ``global`` (all ranks of a micro-step), ``micro_batch`` (one rank) or
+            ``sequence``. The loss is the mean over these groups, weighted by valid tokens.
+    """
+
+    coefficient: float = 0.01
+    scope: Literal["global", "micro_batch", "sequence"] = "global"
+
+    def build(self, num_experts: int) -> SwitchLoss:  # noqa: D102
+        return SwitchLoss(self.scope, num_experts)
+
+
+class SwitchLoss(BalanceLoss):
+    """The loss of one layer."""
+
+    def __init__(self, scope: str, num_experts: int):
+        super().__init__()
+        self.scope, self.num_experts = scope, num_experts
+
+    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
+        """The mean over groups weighted by valid tokens is one sum over tokens: ``E / T sum_t sum_i f_i(t) p_ti``."""
+        probs_TE = routing.probs_TE.masked_fill(~ctx.valid_T[:, None], 0)
+        if self.scope == "sequence":
+            pair_N = ctx.sequence_T[routing.token_N] * self.num_experts + routing.expert_N
+            asked_BE = count(pair_N, ctx.num_sequences * self.num_experts, ctx.valid_T[routing.token_N])
+            asked_GE = asked_BE.view(-1, self.num_experts)
+            # [B, E] sums of probabilities: what index_add would give, without its order of adding.
+            mass_GE = probs_TE.view(ctx.num_sequences, -1, self.num_experts).sum(1)
+        else:
+            asked_E = plan.asked_E
+            if self.scope == "global":
+                with torch.no_grad():
+                    asked_E = all_sum(asked_E.clone(), self.dp)
+            asked_GE, mass_GE = asked_E[None], probs_TE.sum(0)[None]
+        share_GE = asked_GE / asked_GE.sum(1, keepdim=True).clamp_min(1)
+        return (share_GE.to(mass_GE.dtype) * mass_GE).sum() * self.num_experts * per_token(ctx)

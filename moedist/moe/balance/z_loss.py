@@ -1,0 +1,31 @@
+"""The router z-loss of ST-MoE (Zoph et al. 2022, equation 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from moedist.moe.balance.contract import BalanceConfig, BalanceLoss, per_token
+from moedist.moe.context import TokenContext
+from moedist.moe.plan import CapacityPlan
+from moedist.moe.router.contract import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class ZLossConfig(BalanceConfig):
+    """Mean over tokens of ``logsumexp(logits) ** 2``, on un-noised logits: keeps them small, where softmax is exact."""
+
+    coefficient: float = 0.001
+
+    def build(self, num_experts: int) -> ZLoss:  # noqa: D102
+        return ZLoss()
+
+
+class ZLoss(BalanceLoss):
+    """The loss of one layer."""
+
+    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
+        """``1 / T sum_t logsumexp(logits_t) ** 2``."""
+        squared_T = routing.logits_TE.logsumexp(1).square()
+        return squared_T.masked_fill(~ctx.valid_T, 0).sum() * per_token(ctx)

@@ -1,0 +1,53 @@
+"""Where rows and weights meet."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from moedist.config import Choice
+from moedist.mesh import Axis
+from moedist.moe.dispatch.contract import DispatchConfig
+from moedist.moe.experts.contract import Experts
+from moedist.moe.init import Draw
+from moedist.moe.placement import Placement
+from moedist.moe.plan import CapacityPlan
+
+
+class Bank(nn.Module):
+    """``bank(x_TD, plan) -> out_TD``: a token's output is the sum over its kept pairs of ``gate * expert(x)``.
+
+    Attributes:
+        experts: this rank's experts.
+    """
+
+    experts: Experts
+
+    def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
+        """[T, D] -> [T, D]; zero for a token without a kept pair."""
+        raise NotImplementedError
+
+    def spread(self, placement: Placement, ep: Axis) -> None:
+        """Keeps this rank's experts and computes over the axis from now on.
+
+        Raises:
+            ConfigError: this bank cannot.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, draw: Draw) -> None:
+        """The experts' own."""
+        self.experts.init_weights(draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class BankConfig(Choice, path="moe.bank"):
+    """One way to bring rows and weights together."""
+
+    def check_spread(self, ep: int) -> None:
+        """Raises `ConfigError` where this bank cannot be spread over ``ep`` ranks."""
+
+    def build(self, experts: Experts, dispatch: DispatchConfig) -> Bank:
+        """A bank of all experts, for one device until it is spread."""
+        raise NotImplementedError

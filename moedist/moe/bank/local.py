@@ -1,0 +1,59 @@
+"""All experts on this device, no rows moved between ranks: the plain twin of the dispatched bank."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from moedist.config import require
+from moedist.mesh import Axis
+from moedist.moe.bank.contract import Bank, BankConfig
+from moedist.moe.dispatch.contract import DispatchConfig
+from moedist.moe.experts.contract import Experts, Rows
+from moedist.moe.placement import Placement
+from moedist.moe.plan import CapacityPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig(BankConfig):
+    """Indexing and torch's own gradients; no dispatcher. The oracle of every parity test."""
+
+    def check_spread(self, ep: int) -> None:  # noqa: D102
+        require(
+            ep == 1,
+            "kind",
+            "local",
+            f"keeps all experts on every rank and cannot be spread over {ep}",
+            "Set moe.bank.kind to dispatched, or mesh.ep to 1.",
+        )
+
+    def build(self, experts: Experts, dispatch: DispatchConfig) -> LocalBank:  # noqa: D102
+        return LocalBank(self, experts)
+
+
+class LocalBank(Bank):
+    """Kept pairs sorted by expert, one gather, one scatter-add."""
+
+    def __init__(self, config: LocalConfig, experts: Experts):
+        super().__init__()
+        self.config, self.experts = config, experts
+
+    def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
+        """[T, D] -> [T, D]."""
+        kept = (plan.slot_N >= 0).nonzero()[:, 0]
+        place = plan.expert_N[kept] * (plan.slot_N.numel() + 1) + plan.slot_N[kept]
+        pair_R = kept[place.argsort()]
+        token_R = plan.token_N[pair_R]
+        rows = Rows(
+            x_RD=x_TD[token_R],
+            gate_R=plan.gate_N[pair_R],
+            sizes=tuple(plan.kept_E.tolist()),
+            ends_e=plan.kept_E.cumsum(0).to(torch.int32),
+        )
+        return torch.zeros_like(x_TD).index_add(0, token_R, self.experts(rows).to(x_TD.dtype))
+
+    def spread(self, placement: Placement, ep: Axis) -> None:
+        """Only over one rank."""
+        self.config.check_spread(ep.size)

@@ -1,0 +1,49 @@
+"""How rows reach their experts and come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from moedist.config import Choice
+from moedist.mesh import Axis
+from moedist.moe.experts.contract import Rows
+from moedist.moe.placement import Placement
+from moedist.moe.plan import CapacityPlan
+
+Ticket = TypeVar("Ticket")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrived(Generic[Ticket]):
+    """Rows at this rank's experts, and what it takes to send their outputs home.
+
+    A ticket holds index tensors, host sizes and an axis; nothing stays on the dispatcher.
+    """
+
+    rows: Rows
+    ticket: Ticket
+
+
+class Dispatcher(Protocol):
+    """Moves rows over one expert-parallel axis; made once, without state of its own."""
+
+    def dispatch(self, x_TD: Tensor, plan: CapacityPlan) -> Arrived[Any]:
+        """Sends a copy of each kept pair's token, with the pair's gate, to the pair's expert."""
+        ...
+
+    def combine(self, y_RD: Tensor, ticket: Any) -> Tensor:
+        """[T, D]: each token's sum of its pairs' outputs ``y_RD`` (already weighted by the gate). Bitwise the same at
+        every call: no atomics where the plan has a fixed number of pairs per token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchConfig(Choice, path="moe.dispatch"):
+    """One way to move rows."""
+
+    def build(self, placement: Placement, ep: Axis) -> Dispatcher:
+        """A dispatcher over the axis ``ep``, whose ranks hold experts as ``placement`` says."""
+        raise NotImplementedError

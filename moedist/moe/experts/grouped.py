@@ -1,0 +1,68 @@
+"""All experts of a rank in one call per matrix: grouped matmul over ragged rows, batched matmul over fixed slots."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moedist.moe.experts.contract import Rows
+from moedist.moe.ffn import FFNExpertsConfig, StackedFFN, activate, run_one_by_one
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedConfig(FFNExpertsConfig):
+    """Grouped matrix products; where a dtype or a width does not qualify, the loop of `moedist.moe.experts.loop`."""
+
+    def build(self, dim, num_experts, *, device=None, dtype=None) -> GroupedExperts:  # noqa: D102, ANN001
+        return GroupedExperts(self, dim, num_experts, device, dtype)
+
+
+def qualifies(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` takes rows of these widths.
+
+    It wants strides in multiples of 16 bytes, has no fp64, and its fp16 is a slow path.
+    """
+    return dtype in (torch.float32, torch.bfloat16) and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+class GroupedExperts(StackedFFN):
+    """One matrix product per weight for all experts."""
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[R, D]: ``gate * expert(x)``."""
+        x_RD, dtype = rows.x_RD, rows.x_RD.dtype
+        num_rows = x_RD.shape[0]
+        if num_rows == 0 or not (rows.uniform or qualifies(dtype, self.dim, self.hidden_dim)):
+            return run_one_by_one(self, x_RD, rows.gate_R, rows.sizes)
+
+        def multiply(x: Tensor, name: str) -> Tensor | None:
+            weight, bias = self.weight(name), self.weight(f"{name}_bias")
+            if weight is None:
+                return None
+            if rows.uniform:
+                y = torch.bmm(x.view(len(rows.sizes), -1, x.shape[1]), weight.to(dtype)).view(num_rows, -1)
+            else:
+                # The rows end where the last expert's do: past that, grouped_mm leaves its output uninitialised.
+                y = F.grouped_mm(x, weight.to(dtype), offs=rows.ends_e)
+            return y if bias is None or name == "down" else y + self.of_rows(bias, rows).to(dtype)
+
+        up, gate = multiply(x_RD, "up"), multiply(x_RD, "gate")
+        assert up is not None
+        # The row's weight goes in before the down-projection, where the row is saved anyway.
+        hidden = (activate(up, gate, self.config.activation) * rows.gate_R[:, None]).to(dtype)
+        output = multiply(hidden, "down")
+        assert output is not None
+        if self.down_bias is not None:
+            bias = self.weight("down_bias")
+            assert bias is not None
+            output = output + (self.of_rows(bias, rows) * rows.gate_R[:, None]).to(dtype)
+        return output
+
+    @staticmethod
+    def of_rows(bias: Tensor, rows: Rows) -> Tensor:
+        """[R, ...]: each row's expert's entry of ``bias`` [e, ...]."""
+        row_R = torch.arange(rows.x_RD.shape[0], device=bias.device, dtype=rows.ends_e.dtype)
+        return bias[torch.searchsorted(rows.ends_e, row_R, right=True)]

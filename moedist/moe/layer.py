@@ -1,0 +1,174 @@
+"""The mixture-of-experts layer: a router proposes, the plan disposes, the bank computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moedist.config import Config, ConfigError, require
+from moedist.mesh import Axis
+from moedist.moe.balance.contract import BalanceConfig
+from moedist.moe.balance.switch import SwitchConfig
+from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.bank.contract import BankConfig
+from moedist.moe.bank.dispatched import DispatchedConfig
+from moedist.moe.context import TokenContext
+from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.contract import DispatchConfig
+from moedist.moe.experts.contract import ExpertsConfig
+from moedist.moe.experts.grouped import GroupedConfig
+from moedist.moe.experts.loop import LoopConfig
+from moedist.moe.ffn import SharedExpert
+from moedist.moe.init import Draw, below, named_draw
+from moedist.moe.placement import Placement
+from moedist.moe.plan import CapacityConfig, CapacityPlan, plan_capacity
+from moedist.moe.report import MoEReport
+from moedist.moe.router.contract import RouterConfig, Routing
+from moedist.moe.router.topk import TopKConfig
+
+
+def _default_balance() -> dict[str, BalanceConfig]:
+    return {"switch": SwitchConfig(), "z_loss": ZLossConfig()}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig(Config):
+    """One mixture-of-experts layer.
+
+    >>> layer = MoEConfig(num_experts=4).build(dim=16)
+    >>> layer(torch.zeros(6, 16), TokenContext.of_rows(2, 3)).out_TD.shape
+    torch.Size([6, 16])
+
+    Attributes:
+        num_experts: experts of the layer over all ranks (E).
+        router, capacity, dispatch, experts, bank: the layer's parts; see each.
+        balance: losses by name; a layer may have several, or none.
+        shared_hidden_dim: width of an expert that every token runs through beside the routed ones; None for none.
+    """
+
+    num_experts: int = 8
+    router: RouterConfig = dataclasses.field(default_factory=TopKConfig)
+    capacity: CapacityConfig = dataclasses.field(default_factory=CapacityConfig)
+    dispatch: DispatchConfig = dataclasses.field(default_factory=AllToAllConfig)
+    experts: ExpertsConfig = dataclasses.field(default_factory=GroupedConfig)
+    bank: BankConfig = dataclasses.field(default_factory=DispatchedConfig)
+    balance: dict[str, BalanceConfig] = dataclasses.field(default_factory=_default_balance)
+    shared_hidden_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.num_experts >= 1, "num_experts", self.num_experts, "is no expert", "Set it to 1 or more.")
+        require(
+            self.shared_hidden_dim is None or self.shared_hidden_dim >= 1,
+            "shared_hidden_dim",
+            self.shared_hidden_dim,
+            "is no width",
+            "Set it to 1 or more, or to null for no shared expert.",
+        )
+        try:
+            self.router.build(1, self.num_experts, device="meta")
+        except ConfigError as error:
+            raise error.under("router") from None
+
+    def check_spread(self, ep: int) -> None:
+        """Raises `ConfigError` where the layer cannot be spread over ``ep`` expert-parallel ranks."""
+        divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+        require(
+            self.num_experts % ep == 0,
+            "num_experts",
+            self.num_experts,
+            f"cannot be cut into {ep} equal parts (mesh.ep = {ep})",
+            f"Set mesh.ep to one of {divisors}, or moe.num_experts to a multiple of {ep}.",
+        )
+        try:
+            self.bank.check_spread(ep)
+        except ConfigError as error:
+            raise error.under("bank") from None
+
+    def build(
+        self,
+        dim: int,
+        *,
+        layer: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MoELayer:
+        """A layer for [*, dim] vectors on one device, initialised unless it is on the meta device; ``layer`` is its
+        place in the model and names its noise."""
+        moe = MoELayer(self, dim, layer, device, dtype)
+        if not any(parameter.is_meta for parameter in moe.parameters()):
+            moe.init_weights(named_draw(0, f"layer.{layer}"))
+        return moe
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEOutput:
+    """What a layer returns: the output and its account."""
+
+    out_TD: Tensor
+    report: MoEReport
+
+
+class MoELayer(nn.Module):
+    """Router, plan, bank, report. Written for one device; `spread` moves the bank's experts over ranks."""
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        dim: int,
+        layer: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.router = config.router.build(dim, config.num_experts, layer=layer, device=device, dtype=dtype)
+        experts = config.experts.build(dim, config.num_experts, device=device, dtype=dtype)
+        self.bank = config.bank.build(experts, config.dispatch)
+        self.balance = nn.ModuleDict({name: loss.build(config.num_experts) for name, loss in config.balance.items()})
+        self.shared: SharedExpert | None = None
+        if config.shared_hidden_dim is not None:
+            shared = LoopConfig(
+                hidden_dim=config.shared_hidden_dim,
+                activation=getattr(config.experts, "activation", "swiglu"),
+                bias=getattr(config.experts, "bias", False),
+            )
+            self.shared = SharedExpert(shared.build(dim, 1, device=device, dtype=dtype))
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext) -> MoEOutput:
+        """[T, D] -> [T, D] and the report of what happened to every pair."""
+        routing = self.router(x_TD, ctx)
+        plan = plan_capacity(routing, ctx, self.config.capacity, layer=self.layer)
+        out_TD = self.bank(x_TD, plan).to(x_TD.dtype)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        return MoEOutput(out_TD, self.report(routing, plan, ctx))
+
+    def report(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> MoEReport:
+        """Balance losses in training only; counts and entropy always."""
+        losses = {name: loss(routing, plan, ctx) for name, loss in self.balance.items()} if ctx.training else {}
+        with torch.no_grad():
+            entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
+            scale = max(math.log(self.config.num_experts), 1e-30) * ctx.num_tokens.clamp_min(1)
+            return MoEReport(
+                losses=losses,
+                coefficients={name: self.config.balance[name].coefficient for name in losses},
+                router_entropy=entropy_T.sum() / scale,
+                asked_E=plan.asked_E,
+                kept_E=plan.kept_E,
+            )
+
+    def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:
+        """Keeps this rank's experts; rows travel over ``ep``, global counts over ``dp`` from now on."""
+        self.bank.spread(placement, ep)
+        for loss in self.balance.values():
+            loss.dp = dp
+
+    def init_weights(self, draw: Draw) -> None:
+        """Fills router, experts (by global id) and shared expert from named draws."""
+        self.router.init_weights(below(draw, "router"))
+        self.bank.init_weights(below(draw, "bank.experts"))
+        if self.shared is not None:
+            self.shared.init_weights(below(draw, "shared"))

@@ -1,0 +1,58 @@
+"""Random numbers by name instead of by state.
+
+A draw is a pure function of (seed, step, layer, sample, position): it does not depend on which rank makes it, in what
+order, whether for the second time (recomputation, resume), or on what was drawn before. A generator has a state, and
+recomputation under activation checkpointing would meet another one and route other pairs.
+
+The micro-step is not part of the name: a sample occurs once in a step, and the same sample may fall into another
+micro-step on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moedist.moe.context import TokenContext
+
+ROUTER_NOISE, RANDOM_DROP = 1, 2
+"""Streams: draws of one name that must not be equal."""
+
+
+
+def _signed(value: int) -> int:
+    """``value`` modulo 2^64 as a signed number, as int64 arithmetic wraps it."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 has no logical shift
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014): a bijection of 64 bits in which every bit moves every bit."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def draw_uniform(ctx: TokenContext, num_columns: int, *, layer: int, stream: int) -> Tensor:
+    """[T, num_columns] fp64, uniform on the open interval (0, 1), by name."""
+    state = _mix(ctx.step + _signed(_GOLDEN * (ctx.seed + 1)))
+    for part in (layer, stream):
+        state = _mix(state + _signed(_GOLDEN * (part + 1)))
+    state_T = _mix(state + _GOLDEN * (ctx.sample_T + 1))
+    state_T = _mix(state_T + _GOLDEN * (ctx.position_T + 1))
+    column = torch.arange(1, num_columns + 1, device=state_T.device)
+    state_TN = _mix(state_T[:, None] + _GOLDEN * column)
+    return (_shift(state_TN, 11).double() + 0.5) * 2.0**-53
+
+
+def draw_normal(ctx: TokenContext, num_columns: int, *, layer: int, stream: int) -> Tensor:
+    """[T, num_columns] fp64, standard normal, by name (inverse of the normal distribution function)."""
+    return math.sqrt(2) * torch.erfinv(2 * draw_uniform(ctx, num_columns, layer=layer, stream=stream) - 1)
