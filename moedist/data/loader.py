@@ -18,9 +18,9 @@ from moedist.model.batch import TokenBatch
 class Loader(Iterator[list[TokenBatch]]):
     """This rank's micro-batches, one list of ``accumulation`` per step.
 
-    A step takes the next G = ``world_size * accumulation * micro_batch`` samples of the run's order. Micro-batch number
-    ``c = a * world_size + rank`` (``a`` = place in the list) takes rows ``c * micro_batch`` to ``(c + 1) * micro_batch``
-    of them. So fewer ranks with more accumulation see the very same micro-batches, and a run that stops at sample n and
+    A step takes the next G = ``world_size * accumulation * micro_batch`` samples of the run's order. Micro-batch
+    number ``c = a * world_size + rank`` (``a`` = place in the list) takes rows ``c * micro_batch`` to
+    ``(c + 1) * micro_batch`` of them. So fewer ranks with more accumulation see the very same micro-batches, and a run that stops at sample n and
     goes on at ``start_sample=n`` sees what it would have seen, at any number of ranks.
 
     ``train`` never ends: each epoch is a shuffle of all full samples by (seed, epoch); the last tokens of the stream,

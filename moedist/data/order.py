@@ -53,11 +53,11 @@ def _feistel(value_B: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left_B, right_B = value_B >> half_bits, value_B & mask
     for key in keys:
-        left_B, right_B = right_B, left_B ^ (_mix(right_B ^ key) & mask)
+        left_B, right_B = right_B, left_B ^ (mix(right_B ^ key) & mask)
     return (left_B << half_bits) | right_B
 
 
-def _mix(value_B: np.ndarray) -> np.ndarray:
+def mix(value_B: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), modulo 2^64."""
     value_B = (value_B ^ (value_B >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value_B = (value_B ^ (value_B >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -47,15 +47,19 @@ def find_files(key: str, patterns: tuple[str, ...]) -> list[Path]:
             a link leads out of its folder.
     """
     if not patterns:
-        raise ConfigError(
-            key, [], "names no files", f"Set {key} to files, globs or folders: data.{key}='[corpus/*.txt]'."
-        )
+        raise ConfigError(key, [], "names no files", f"Set {key} to files, globs or folders.")
+
     found: dict[Path, None] = {}
     for pattern in patterns:
-        for path in _expand(key, os.path.expanduser(pattern)):
+        for path in _expand(key, str(as_path(pattern))):
             _require_regular(key, path)
             found[path] = None
     return list(found)
+
+
+def as_path(name: str) -> Path:
+    """A path as a user writes it, with ``~`` for the home folder."""
+    return Path(name).expanduser()
 
 
 def read_bytes(key: str, path: Path) -> bytes:

@@ -34,7 +34,7 @@ class PythonStdlibConfig(DataConfig):
         )
 
     def open(self) -> Source:
-        """Reads the files, about 15 MB."""
+        """Reads the files, about 11 MB."""
         root = Path(sysconfig.get_paths()["stdlib"])
         with reading("kind", root):
             paths = stdlib_files(root)

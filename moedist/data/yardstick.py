@@ -16,7 +16,8 @@ def bigram_cross_entropy(source: Source, alpha: float = 1.0) -> float | None:
     documents enter neither the fit nor the measure, as in the loader.
 
     Returns:
-        Nats per token, which at byte level is nats per byte; None where the source is not byte-level or holds nothing out.
+        Nats per token, which at byte level is nats per byte; None where the source is not byte-level or holds
+        nothing out.
     """
     if not source.byte_level:
         return None
