@@ -20,7 +20,7 @@ class TokenBatch:
         target_BS: int64 next ids; `IGNORE` where there is none.
         position_BS: int64 position within the document (starts again at 0 with every document), for the attention.
         document_BS: int64 place of the document within the row; attention stays within a document. None where no
-            row has more than one.
+            row has more than one and padding only follows the text.
         valid_BS: bool; false at padding. Padding takes no part in routing, capacity, counts or losses.
         sample_B: int64 global index of each row's sample in the order of the run, the same at every world size.
     """

@@ -50,9 +50,12 @@ class LanguageModel(nn.Module):
 
     Attributes:
         moe_blocks: index of the block (from 0) of each report.
+        looked_up: names of the parameters that are read by row and enter no matmul: an input embedding that is not the
+            head as well.
     """
 
     moe_blocks: tuple[int, ...]
+    looked_up: tuple[str, ...] = ()
 
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:
         """Runs one micro-batch of one rank."""
@@ -71,7 +74,7 @@ class ModelConfig(Choice, path="model"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LanguageModel:
-        """Builds the model; `moedist.model.init.init_weights` gives its first values.
+        """Builds the model, with the first values of seed 0 unless it is on the meta device.
 
         Args:
             vocab_size: number of token ids (V).

@@ -15,6 +15,7 @@ from moedist.model.batch import TokenBatch
 from moedist.model.contract import LanguageModel, ModelConfig, ModelOutput, StepContext
 from moedist.model.ffn.contract import FFNConfig
 from moedist.model.ffn.dense import DenseConfig
+from moedist.model.init import init_weights
 from moedist.model.layers.contract import LayersConfig, LayerSpec
 from moedist.model.layers.interleaved import InterleavedConfig
 from moedist.model.linear import EMBEDDING_STD, Embedding, Linear
@@ -72,7 +73,10 @@ class DecoderConfig(ModelConfig):
         dtype: torch.dtype | None = None,
     ) -> Decoder:
         """Builds the model; arguments as in the contract."""
-        return Decoder(self, vocab_size, moe, device, dtype)
+        model = Decoder(self, vocab_size, moe, device, dtype)
+        if not model.embedding.weight.is_meta:
+            init_weights(model, seed=0)
+        return model
 
 
 class BlockOutput(NamedTuple):
@@ -139,6 +143,7 @@ class Decoder(LanguageModel):
             if config.tie_embeddings
             else Linear(config.dim, vocab_size, std=EMBEDDING_STD, device=device, dtype=dtype)
         )
+        self.looked_up = () if self.head is None else ("embedding.weight",)
         self.moe_blocks = tuple(index for index, block in enumerate(self.blocks) if block.ffn.has_report)
 
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:

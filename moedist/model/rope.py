@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, eq. 34), in the half-split layout of the published Llama-family weights."""
+"""Rotary position embedding (Su et al. 2021, eq. 34), in the half-split layout of Llama-family weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rope_table(position_BS: Tensor, head_dim: int, theta: float) -> RopeTable:
 
 
 def rotate(x_BSHh: Tensor, table: RopeTable) -> Tensor:
-    """Turns dim i against dim i + head_dim / 2 by its angle: [B, S, heads, head_dim], in fp32 or wider, then x's dtype."""
+    """Turns dim i against dim i + head_dim / 2 by its angle, in fp32 or wider: [B, S, heads, head_dim], x's dtype."""
     first, second = x_BSHh.chunk(2, dim=-1)
     cos, sin = table.cos_BSh.unsqueeze(2), table.sin_BSh.unsqueeze(2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHh.dtype)

@@ -55,8 +55,10 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def score_flops(self, length: int) -> float:
-        """FLOPs per token of one forward pass that no parameter accounts for (scores, weighted sum of values), for
-        documents of ``length`` positions; what causality removes is not counted."""
+        """FLOPs per token of a forward pass that no parameter accounts for: scores and weighted sums of values.
+
+        For documents of ``length`` positions; what causality removes is not counted.
+        """
         raise NotImplementedError
 
 

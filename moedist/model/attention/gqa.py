@@ -82,7 +82,7 @@ class GQAConfig(AttentionConfig):
 
 
 class GQA(Attention):
-    """Grouped-query attention of one block. Parameters: query, key, value, output, and the norms of queries and keys."""
+    """Grouped-query attention of one block. Parameters: query, key, value, output, query_norm, key_norm."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class MoEFFN(FFN):
     ):
         super().__init__()
         self.moe = config.build(dim, layer=layer, device=device, dtype=dtype)
-        self.share = Fraction(config.router.top_k, config.num_experts)
+        self.share = Fraction(config.router.experts_per_token(config.num_experts), config.num_experts)
 
     def forward(self, x_BSD: Tensor, context: TokenContext) -> FFNOutput:
         """[B, S, D] -> [B, S, D]; the layer sees x_TD, row after row."""
@@ -60,5 +60,5 @@ class MoEFFN(FFN):
         return FFNOutput(output.out_TD.view_as(x_BSD), output.report)
 
     def active_shares(self) -> dict[str, Fraction]:
-        """A token meets ``top_k`` of the experts."""
+        """A token meets the experts that the router gives it."""
         return {"moe.bank": self.share}
