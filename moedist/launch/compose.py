@@ -1,0 +1,347 @@
+"""Composes a run's configuration with Hydra, once, in one process.
+
+Hydra never sees the dataclasses: their defaults are registered as plain mappings (``<kind>_defaults`` of each group,
+``run_defaults`` for all that is no choice), so that every key shows and an override needs no ``+``. Types and values
+are checked afterwards (moedist.launch.decode).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+import moedist
+from moedist.config import Choice, Config, ConfigError, ConfigErrors, to_mapping
+from moedist.launch.choices import check_plugins, choose_one_of, is_contract, list_choices
+from moedist.launch.decode import MISSING, decode, field_types, has_default, without_none
+from moedist.launch.saved import interpolation_error
+from moedist.train.config import RunConfig
+
+ROOT = "config"
+"""Name of the root of conf/."""
+
+MARK = "<from the environment>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A composed configuration.
+
+    Attributes:
+        config: decoded; what the run does.
+        mapping: the same as plain mappings, for `<run>/config.yaml`. A value that came from ``${oc.env:...}`` stays
+            unresolved, so that no secret is written to disk (moedist.launch.saved resolves it).
+    """
+
+    config: RunConfig
+    mapping: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One place of a configuration that is a choice.
+
+    Attributes:
+        base: the contract.
+        key: dotted key of the value (``moe.router``).
+        many: whether the value maps names to choices (``moe.balance``).
+    """
+
+    base: type[Choice]
+    key: str
+    many: bool
+
+    @property
+    def name(self) -> str:
+        """Hydra's name of the group (``moe/router``)."""
+        return self.base.path.replace(".", "/")
+
+
+def conf_folder(package: str = "moedist") -> Path | None:
+    """The folder ``conf/`` of a package: inside an installed one, beside it in a checkout; None where it has none."""
+    if package == "moedist":
+        root = Path(moedist.__file__).parent
+        return next(path for path in (root / "conf", root.parent / "conf") if (path / f"{ROOT}.yaml").is_file())
+    spec = find_spec(package)
+    for location in (spec.submodule_search_locations if spec else None) or ():
+        for path in (Path(location) / "conf", Path(location).parent / "conf"):
+            if path.is_dir():
+                return path
+    return None
+
+
+def compose(overrides: Sequence[str] = ()) -> Composed:
+    """Composes, resolves and decodes ``conf/`` with overrides as on the command line.
+
+    Raises:
+        ConfigErrors: everything that is wrong with the overrides or with the values.
+    """
+    composed = compose_yaml(overrides)
+    try:
+        resolved = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+        mapping = typing.cast("dict[str, Any]", _without_secrets(composed, resolved))
+    except OmegaConfBaseException as error:
+        raise ConfigErrors([interpolation_error(error)]) from error
+    try:
+        config = decode(RunConfig, resolved, resolved["plugins"])
+    except ConfigErrors as errors:
+        raise ConfigErrors(_hide_secret(error, mapping) for error in errors.errors) from None
+    return Composed(config, mapping)
+
+
+def compose_yaml(overrides: Sequence[str] = ()) -> DictConfig:
+    """The composed configuration with every key and default, unresolved: what ``--cfg job`` prints.
+
+    Raises:
+        ConfigErrors: keys or choices that do not exist, each with the nearest one that does.
+    """
+    parsed = _parse(overrides)
+    plugins = _plugins(parsed)
+    if plugins and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where the ranks, started with `python -m`, find modules too
+    check_plugins(plugins)
+    register_defaults(plugins)
+    folders = [folder for folder in map(conf_folder, plugins) if folder is not None]
+    fixed = [_plain(override) for override in parsed]
+    if folders:
+        quoted = ",".join(f"'file://{folder}'" for folder in folders)
+        fixed.append(f"hydra.searchpath=[{quoted}]")
+    if plugins:
+        fixed.append(f"plugins=[{','.join(plugins)}]")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_folder()), job_name="moedist", version_base="1.3"):
+        _check_names(parsed, fixed)
+        try:
+            return hydra.compose(ROOT, overrides=fixed)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigErrors([_hydra_error(error)]) from error
+
+
+def find_groups(config_class: type[Config] = RunConfig, key: str = "", plugins: Sequence[str] = ()) -> Iterator[Group]:
+    """Every place below ``key`` that is chosen by a group of ``conf/``, those inside choices too.
+
+    A choice that lies elsewhere than its contract's path (one spec in a list of layers) has no group: it is written
+    out as a mapping.
+    """
+    for name, annotation in field_types(config_class).items():
+        place, inner = f"{key}.{name}" if key else name, without_none(annotation)
+        group = _as_group(inner, place)
+        if group is not None:
+            yield group
+            for choice in list_choices(group.base, plugins).values():
+                yield from find_groups(choice, group.base.path, plugins)
+        elif _is_plain_config(annotation):
+            yield from find_groups(inner, place, plugins)
+
+
+def register_defaults(plugins: Sequence[str] = ()) -> None:
+    """Puts the defaults of the run and of each choice into Hydra's store as plain mappings."""
+    store = ConfigStore.instance()
+    store.store(name="run_defaults", node=default_mapping(RunConfig, ""))
+    for group in find_groups(plugins=plugins):
+        for kind, choice in list_choices(group.base, plugins).items():
+            node = {"kind": kind, **default_mapping(choice, group.base.path)}
+            store.store(group=group.name, name=f"{kind}_defaults", node=node)
+
+
+def default_mapping(config_class: type[Config], key: str) -> dict[str, Any]:
+    """A config's defaults as plain mappings, without what a group of ``conf/`` chooses; ``???`` where there is none.
+
+    Made from the fields, not from an instance: a config may refuse its own defaults (a list of files that is empty).
+    """
+    mapping: dict[str, Any] = {}
+    hints = field_types(config_class)
+    for field in dataclasses.fields(config_class):
+        place, inner = f"{key}.{field.name}" if key else field.name, without_none(hints[field.name])
+        group = _as_group(inner, place)
+        if group is not None:
+            if group.many:
+                mapping[field.name] = {}
+            elif inner is not hints[field.name]:
+                mapping[field.name] = None
+        elif _is_plain_config(hints[field.name]):
+            mapping[field.name] = default_mapping(inner, place)
+        elif not has_default(field):
+            mapping[field.name] = MISSING
+        elif field.default is not dataclasses.MISSING:
+            mapping[field.name] = to_mapping(field.default)
+        else:
+            mapping[field.name] = to_mapping(typing.cast(Any, field.default_factory)())
+    return mapping
+
+
+def _is_plain_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config) and not issubclass(annotation, Choice)
+
+
+def _as_group(annotation: Any, place: str) -> Group | None:
+    """The group that chooses the value at ``place``, if one does."""
+    if is_contract(annotation) and annotation.path == place:
+        return Group(annotation, place, many=False)
+    if typing.get_origin(annotation) is dict and is_contract(typing.get_args(annotation)[1]):
+        base = typing.get_args(annotation)[1]
+        if place in (base.path, f"{base.path}s"):  # log.sinks maps names to choices of log.sink
+            return Group(base, place, many=True)
+    return None
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    """The overrides in Hydra's grammar.
+
+    Raises:
+        ConfigErrors: those that are none.
+    """
+    parsed, errors = [], []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            key, _, value = text.partition("=")
+            problem = f"cannot be read ({str(error).splitlines()[0]})"
+            errors.append(ConfigError(key, value, problem, "Write key=value, and odd text as 'key=\"odd text\"'."))
+            continue
+        if override.is_sweep_override():
+            errors.append(
+                ConfigError(
+                    override.key_or_group,
+                    text.partition("=")[2],
+                    "names several values, and this command makes one run",
+                    "Give one value, or run the command once for each; a list is written [a,b].",
+                )
+            )
+        parsed.append(override)
+    if errors:
+        raise ConfigErrors(errors)
+    return parsed
+
+
+def _plain(override: Override) -> str:
+    """The override as Hydra wants it: ``experiment=null`` takes the group's default away."""
+    if override.key_or_group == "experiment" and override.value() is None:
+        return "~experiment"
+    return str(override.input_line)
+
+
+def _plugins(parsed: Sequence[Override]) -> list[str]:
+    """Plug-in packages of the environment and of the command line, in this order, each once."""
+    named = [name.strip() for name in os.environ.get("MOEDIST_PLUGINS", "").split(",")]
+    for override in parsed:
+        if override.key_or_group == "plugins":
+            value = override.value()
+            if not isinstance(value, list):
+                raise ConfigErrors([ConfigError("plugins", value, "is not a list", f"Write plugins=[{value}].")])
+            named += [str(name) for name in value]
+    return list(dict.fromkeys(name for name in named if name))
+
+
+def _check_names(parsed: Sequence[Override], fixed: Sequence[str]) -> None:
+    """Raises `ConfigErrors` for overrides of keys or choices that don't exist: all, where Hydra stops at the first."""
+    loader = GlobalHydra.instance().config_loader()
+    errors: list[ConfigError] = []
+    values: list[Override] = []
+    for override in parsed:
+        name = override.key_or_group
+        options = loader.get_group_options(name, config_name=ROOT, overrides=[f for f in fixed if f.startswith("hydra.")])
+        options = [option for option in options if not option.endswith("_defaults")]
+        if not options:
+            values.append(override)
+            continue
+        value = override.value()
+        wanted = value if isinstance(value, list) else [] if value is None else [value]
+        for choice in wanted:
+            if str(choice) not in options:
+                remedy = choose_one_of(str(choice), options)
+                errors.append(ConfigError(name, choice, f"is no choice of {name}", remedy))
+    if errors:
+        raise ConfigErrors(errors)
+    groups = [text for text, override in zip(fixed, parsed, strict=False) if override not in values]
+    extra = list(fixed[len(parsed) :])
+    try:
+        composed = hydra.compose(ROOT, overrides=[*groups, *extra])
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return  # said better by the composition proper
+    for override in values:
+        key = override.key_or_group
+        if not override.is_add() and not override.is_force_add() and not key.startswith("hydra."):
+            error = _unknown_key(composed, override)
+            errors += [error] if error else []
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def _unknown_key(composed: DictConfig, override: Override) -> ConfigError | None:
+    """What is wrong with the key of an override, if it leads nowhere."""
+    key = override.key_or_group
+    node: Any = composed
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(node, DictConfig):
+            return None  # a value inside a list or text: the decoder's matter
+        if part not in node:
+            known = {".".join([*parts[:i], str(name)]) for name in node}
+            remedy = choose_one_of(".".join(parts[: i + 1]), known)
+            value = None if override.is_delete() else override.value()
+            return ConfigError(key, value, "is not a known key", remedy.replace("Choose one of", "Known keys here"))
+        if OmegaConf.is_interpolation(node, part) or OmegaConf.is_missing(node, part):
+            return None
+        node = node[part]
+    return None
+
+
+def _hydra_error(error: Exception) -> ConfigError:
+    """What Hydra refused, in one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    problem = (lines[0] if lines else type(error).__name__).rstrip(".")
+    return ConfigError("configuration", ROOT, f"cannot be composed: {problem}", "See `moedist train --cfg job`.")
+
+
+def _without_secrets(composed: DictConfig, resolved: Any) -> Any:
+    """``resolved`` with every value that depends on the environment as it was written.
+
+    Found by resolving once more with ``oc.env`` giving a mark, so that a reference to such a value counts too.
+    """
+
+    def mark(key: str, default: object = None) -> str:
+        return MARK
+
+    OmegaConf.register_new_resolver("oc.env", mark, replace=True)
+    try:
+        marked = OmegaConf.to_container(composed, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+    def choose(raw: Any, value: Any, marked_value: Any) -> Any:
+        if isinstance(raw, dict):
+            return {key: choose(raw[key], value[key], marked_value[key]) for key in raw}
+        if isinstance(raw, list):
+            return [choose(*items) for items in zip(raw, value, marked_value, strict=True)]
+        literal = isinstance(value, str) and "${" in value  # was escaped, and will be read as YAML again
+        return raw if literal or value != marked_value else value
+
+    return choose(OmegaConf.to_container(composed, resolve=False), resolved, marked)
+
+
+def _hide_secret(error: ConfigError, mapping: Any) -> ConfigError:
+    """The error, naming the variable instead of a value that came from the environment."""
+    written = mapping
+    for part in error.key.split("."):
+        written = written.get(part) if isinstance(written, dict) else None
+    if isinstance(written, str) and "${" in written:
+        return ConfigError(error.key, written, error.problem, error.remedy)
+    return error

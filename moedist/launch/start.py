@@ -1,0 +1,322 @@
+"""Starts the ranks of a run with torchrun, watches over them, and says how they ended.
+
+The parent stays: it passes signals on, ends what does not end, and turns what is left behind (`status.json`, the
+launcher's own log) into one exit code. torchrun's own exit code is always 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Literal
+
+from moedist.launch.process import LAUNCH_ID, die_with_parent, kill_launch, launch_processes
+from moedist.train.config import LaunchConfig
+from moedist.train.status import Status, read_status, write_status
+
+POLL_S = 0.05
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHER_LOG = "launcher.log"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """How many ranks run where.
+
+    Attributes:
+        nproc: ranks on this node.
+        nnodes: nodes.
+        threads: OMP threads of each rank.
+    """
+
+    nproc: int
+    nnodes: int
+    threads: int
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.nproc * self.nnodes
+
+
+def plan_ranks(launch: LaunchConfig, device: Literal["auto", "cpu", "cuda"]) -> Ranks:
+    """The ranks of a run: one per GPU, or one per core up to 4 where there is none, unless ``launch.nproc`` says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    nproc = launch.nproc
+    if nproc is None:
+        import torch
+
+        num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+        nproc = num_gpus or min(4, cores)
+    return Ranks(nproc, launch.nnodes, launch.threads or max(1, cores // nproc))
+
+
+def torchrun_command(ranks: Ranks, launch: LaunchConfig, run_dir: Path, target: Sequence[str]) -> list[str]:
+    """The command that starts ``python -m <target>`` on every rank.
+
+    The c10d rendezvous, because ranks restarted after a kill find each other with no other; on one node over the
+    loopback address and a free port, so that two runs never meet.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += [f"--nnodes={ranks.nnodes}", f"--nproc-per-node={ranks.nproc}", f"--max-restarts={launch.max_restarts}"]
+    command += ["--rdzv-backend=c10d"]
+    if ranks.nnodes == 1:
+        command += ["--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4().hex}", "--local-addr=127.0.0.1"]
+    else:
+        run = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
+        command += [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id=moedist-{run}"]
+    return [*command, "-m", *target]
+
+
+def run_ranks(
+    ranks: Ranks,
+    launch: LaunchConfig,
+    run_dir: Path,
+    target: Sequence[str],
+    *,
+    lock: int | None = None,
+    terminal: IO[str] | None = None,
+) -> Status:
+    """Starts the ranks, waits for their end and returns how it came; `status.json` says the same.
+
+    SIGTERM, SIGINT and SIGUSR1 to this process ask the ranks to save and leave; ``launch.stop_after_s`` later, or at a
+    second SIGINT, they are killed. No process of the launch is alive on return, and none outlives this process.
+
+    Args:
+        ranks: how many.
+        launch: of the run.
+        run_dir: the run folder; the launcher writes ``logs/launcher.log`` there.
+        target: module and arguments of each rank.
+        lock: descriptor to hand to the launcher, so that the folder stays locked while ranks live.
+        terminal: where rank 0 speaks to people; None for this process's standard output.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+    launch_id = uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        LAUNCH_ID: launch_id,
+        "OMP_NUM_THREADS": str(ranks.threads),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    log_path = run_dir / "logs" / LAUNCHER_LOG
+    start = log_path.stat().st_size if log_path.exists() else 0
+    parent = os.getpid()
+    with _Signals() as signals, open(log_path, "ab") as log:
+        process = subprocess.Popen(
+            torchrun_command(ranks, launch, run_dir, target),
+            stdin=subprocess.DEVNULL,
+            stdout=terminal,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone
+            pass_fds=() if lock is None else (lock,),
+            preexec_fn=lambda: die_with_parent(parent),
+        )
+        try:
+            stop = _watch(process, launch_id, signals, launch.stop_after_s)
+        finally:
+            kill_launch(launch_id)
+            process.wait()
+    with open(log_path, encoding="utf-8", errors="replace") as lines:
+        lines.seek(start)
+        said = lines.read()
+    return conclude(run_dir, process.returncode, said, stop, launch)
+
+
+Stop = Literal["none", "asked", "late", "at_once"]
+"""How a launch was stopped from outside: not, politely, killed for being late, killed at a second Ctrl-C."""
+
+
+def _watch(process: subprocess.Popen[bytes], launch_id: str, signals: _Signals, patience_s: float) -> Stop:
+    """Returns when the launcher and all its ranks are gone, or must be killed."""
+    deadline = None
+    while True:
+        ended = process.poll() is not None
+        if ended and not launch_processes(launch_id):
+            return "asked" if signals.count else "none"
+        if signals.interrupts >= 2:
+            return "at_once"
+        if deadline is None and (signals.count or ended):  # an ended launcher's ranks get the same time to leave
+            deadline = time.monotonic() + patience_s
+            if not ended:
+                process.send_signal(signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            return "late" if signals.count else "none"
+        time.sleep(POLL_S)
+
+
+class _Signals:
+    """Counts the signals that ask for a stop, while it is entered. In the main thread only, as Python demands."""
+
+    def __init__(self) -> None:
+        self.count = self.interrupts = 0
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.interrupts += number == signal.SIGINT
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """The first failure that torchrun saw.
+
+    Attributes:
+        rank: global rank.
+        exit_code: of its process; minus the signal's number where a signal ended it.
+    """
+
+    rank: int
+    exit_code: int
+
+    @property
+    def signal_name(self) -> str | None:
+        """The signal that ended it; None for an exit of its own."""
+        if self.exit_code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exit_code).name
+        except ValueError:
+            return f"signal {-self.exit_code}"
+
+
+def first_failure(said: str) -> Failure | None:
+    """The root cause in torchrun's report; None where it has none."""
+    report = said.rpartition("Root Cause (first observed failure)")[2]
+    found = re.search(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", report, re.DOTALL)
+    return Failure(int(found[1]), int(found[2])) if found else None
+
+
+def conclude(run_dir: Path, returncode: int, said: str, stop: Stop, launch: LaunchConfig) -> Status:
+    """How the ranks ended, from what they and the launcher left behind; written to `status.json` where it is not there.
+
+    Args:
+        run_dir: the run folder.
+        returncode: the launcher's.
+        said: what the launcher wrote.
+        stop: whether this process was asked to stop.
+        launch: of the run.
+    """
+    status, failure = read_status(run_dir), first_failure(said)
+    if returncode == 0:
+        return status or write_status(run_dir, "done", "All ranks ended well.")
+    if stop == "at_once":
+        return _stopped(run_dir, status, "The ranks were killed at a second interrupt, before they had saved.")
+    if stop == "late":
+        message = f"The ranks had not saved launch.stop_after_s = {launch.stop_after_s:g} s after the signal and were killed."
+        return _stopped(run_dir, status, message)
+    by_signal = failure is not None and failure.signal_name is not None
+    if status is not None and status.reason != "done" and not (status.reason == "peer_lost" and by_signal):
+        return status
+    if stop == "asked" and (failure is None or by_signal or failure.exit_code == 75):
+        message = "Stopped before the first step: there was nothing to save."
+        return write_status(run_dir, "preempted", message, what_to_do=_how_to_go_on(run_dir))
+    if failure is None:
+        return _launcher_failed(run_dir, said, launch)
+    checkpoint = last_good_checkpoint(run_dir)
+    if by_signal:
+        message = f"Rank {failure.rank} was ended by {failure.signal_name}."
+        hint = " SIGKILL often is the kernel short of memory: see dmesg." if failure.exit_code == -9 else ""
+        step = status.step if status is not None else None
+        return write_status(
+            run_dir,
+            "peer_lost",
+            message,
+            rank=failure.rank,
+            step=step,
+            last_good_checkpoint=checkpoint,
+            what_to_do=_how_to_go_on(run_dir) + hint,
+        )
+    when = " after the run was done" if status is not None and status.reason == "done" else ""
+    return write_status(
+        run_dir,
+        "bug",
+        f"Rank {failure.rank} failed{when} (exit code {failure.exit_code}): {last_line(run_dir, failure.rank)}",
+        rank=failure.rank,
+        last_good_checkpoint=checkpoint,
+        what_to_do=f"See {rank_log(run_dir, failure.rank)}.",
+    )
+
+
+def _stopped(run_dir: Path, status: Status | None, message: str) -> Status:
+    if status is not None and status.reason != "peer_lost":
+        return status  # what the ranks managed to say themselves is better
+    return write_status(
+        run_dir,
+        "preempted",
+        message,
+        exit_code=5,
+        last_good_checkpoint=last_good_checkpoint(run_dir),
+        what_to_do=_how_to_go_on(run_dir),
+    )
+
+
+def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
+    """torchrun ended without a rank to blame: mostly it could not meet the others."""
+    text = said.strip().splitlines()
+    last = text[-1] if text else "torchrun ended without a word"
+    log = run_dir / "logs" / LAUNCHER_LOG
+    if re.search(r"EADDRINUSE|[Aa]ddress already in use", said):
+        message = f"launch.rendezvous = {launch.rendezvous!r} is taken by another program."
+        return write_status(run_dir, "io", message, what_to_do="Set launch.rendezvous to a free port of the first node.")
+    if re.search(r"Rendezvous\w*Error|RendezvousTimeout", said):
+        message = f"The nodes did not meet at launch.rendezvous = {launch.rendezvous!r}: {last}"
+        remedy = "See that all nodes run the same command, and that they reach the first node's address and port."
+        return write_status(run_dir, "io", message, what_to_do=remedy)
+    return write_status(run_dir, "bug", f"The launcher failed: {last}", what_to_do=f"See {log}.")
+
+
+def last_good_checkpoint(run_dir: Path) -> Path | None:
+    """The run's newest verified checkpoint; None where there is none."""
+    try:
+        name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    path = run_dir / "checkpoints" / name
+    return path if name and path.is_dir() else None
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """Where a rank's output goes."""
+    return run_dir / "logs" / f"rank_{rank}.log"
+
+
+def tail(path: Path, num_lines: int = 20) -> list[str]:
+    """The last lines of a file; none where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            return file.read().decode(errors="replace").splitlines()[-num_lines:]
+    except OSError:
+        return []
+
+
+def last_line(run_dir: Path, rank: int) -> str:
+    """The last line of a rank's log that is not empty: of an exception, its message."""
+    lines = [line.strip() for line in tail(rank_log(run_dir, rank)) if line.strip()]
+    return lines[-1] if lines else "it wrote nothing"
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    return f"Continue with the same command and run.dir={run_dir} run.resume=auto."
