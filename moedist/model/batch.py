@@ -34,8 +34,9 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device; copies run beside the host where its memory is pinned."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TokenBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in fields.items()})
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        return dataclasses.replace(self, **moved)
 
     def num_targets(self) -> Tensor:
         """0-dim int64: positions that enter the task loss."""

@@ -133,10 +133,12 @@ class Decoder(LanguageModel):
         super().__init__()
         specs = config.blocks()
         self.embedding = Embedding(vocab_size, config.dim, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(
+        blocks = [
             Block(spec, config.dim, layer=index, num_layers=len(specs), moe=moe, device=device, dtype=dtype)
             for index, spec in enumerate(specs)
-        )
+        ]
+        self.moe_blocks = tuple(index for index, block in enumerate(blocks) if block.ffn.has_report)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = config.norm.build(config.dim, device=device, dtype=dtype)
         self.head = (
             None
@@ -144,7 +146,6 @@ class Decoder(LanguageModel):
             else Linear(config.dim, vocab_size, std=EMBEDDING_STD, device=device, dtype=dtype)
         )
         self.looked_up = () if self.head is None else ("embedding.weight",)
-        self.moe_blocks = tuple(index for index, block in enumerate(self.blocks) if block.ffn.has_report)
 
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:
         """Runs one micro-batch of one rank; reports come in the order of ``moe_blocks``."""

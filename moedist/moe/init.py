@@ -39,7 +39,7 @@ def below(draw: Draw, child: str) -> Draw:
 def fill_normal(parameter: Tensor, generator: torch.Generator, std: float) -> None:
     """Fills ``parameter`` in place from a normal distribution cut at three ``std``.
 
-    Any shape, floating dtype and device; the values are drawn on the CPU in fp32, then rounded to the parameter's dtype.
+    Any shape, floating dtype and device; the values are drawn on the CPU in fp32, then rounded to its dtype.
     """
     assert not parameter.is_meta, "a meta tensor has no storage to fill: call to_empty(device=...) first"
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
