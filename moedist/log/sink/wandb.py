@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import netrc
 import os
@@ -98,7 +99,7 @@ class WandbSink:
             self._queue.put(None, timeout=CLOSE_S)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"did not finish within {CLOSE_S:.0f} s; what is missing there: wandb sync {self._folder()}")
+            self._warn(f"did not finish within {CLOSE_S:.0f} s; to upload what is missing: {self._sync_command()}")
 
     def _work(self) -> None:
         try:
@@ -121,9 +122,12 @@ class WandbSink:
             except Exception as error:
                 self._warn(f"misses rows: {_first_line(error)}")
         tracker.finish(exit_code=self._exit_code)
+        if tracker.offline:
+            self._say(f"W&B: to upload this run: {self._sync_command()}")
 
     def _start(self) -> Any:
         """The tracker's run, or None where it is disabled."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own telemetry, which prints when it fails
         mode, reason = decide_mode(self._config.mode)
         if mode == "disabled":
             return None
@@ -134,10 +138,10 @@ class WandbSink:
                 self._say(f"W&B: online, {tracker.url}")
             except Exception as error:  # a key that the server refuses, a server that goes away meanwhile
                 reason = _first_line(error)
+                _forget_runs()
         if tracker is None:
             tracker = self._init("offline")
-            why = f" ({reason})" if reason else ""
-            self._say(f"W&B: offline{why}. To upload later: wandb sync {self._folder()}")
+            self._say("W&B: offline" + (f" ({reason})" if reason else ""))
         tracker.define_metric("train/step")
         tracker.define_metric("*", step_metric="train/step")
         return tracker
@@ -171,8 +175,8 @@ class WandbSink:
         while self._queue.get() is not None:
             pass
 
-    def _folder(self) -> Path:
-        return self._run.directory / "wandb"
+    def _sync_command(self) -> str:
+        return f"wandb sync {self._run.directory / 'wandb'}/*run-*"  # a resumed run has several
 
     def _warn(self, what: str) -> None:
         """Each kind of trouble once."""
@@ -267,7 +271,7 @@ def decide_mode(wish: str) -> tuple[Literal["online", "offline", "disabled"], st
         return "offline", reason
     import wandb
 
-    url = wandb.setup().settings.base_url
+    url = wandb.setup(wandb.Settings(silent=True)).settings.base_url
     if not has_key(url):
         return "offline", "no API key: set WANDB_API_KEY or run wandb login"
     trouble = probe(url)
@@ -292,20 +296,32 @@ def probe(base_url: str) -> str:
     host = urlsplit(base_url).netloc.rpartition("@")[2]
     trouble = f"{host} does not answer within {PROBE_S:.0f} s"
 
+    # The smallest question to the end point that wandb.init will talk to: a front page may answer where that one hangs.
+    request = urllib.request.Request(
+        f"{base_url}/graphql", data=b'{"query": "{__typename}"}', headers={"Content-Type": "application/json"}
+    )
+
     def ask() -> None:
         nonlocal trouble
         try:
-            with urllib.request.urlopen(base_url, timeout=PROBE_S):
+            with urllib.request.urlopen(request, timeout=PROBE_S):
                 trouble = ""
         except urllib.error.HTTPError as error:  # an answer all the same, unless the server is broken
             trouble = f"{host} answers with error {error.code}" if error.code >= 500 else ""
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             trouble = f"{host} cannot be reached: {_first_line(getattr(error, 'reason', error))}"
 
     thread = threading.Thread(target=ask, daemon=True)  # name look-up knows no time-out
     thread.start()
     thread.join(PROBE_S)
     return trouble
+
+
+def _forget_runs() -> None:
+    """Ends wandb's service, which holds the id of a run that failed to start."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _held_online(tracker: Any) -> int:
