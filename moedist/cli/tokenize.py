@@ -68,11 +68,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"moedist tokenize: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"moedist tokenize: cannot write {args.output}: {error.strerror or error}. Nothing was replaced. Make room, "
-            "or name an output where this user may write.",
-            file=sys.stderr,
-        )
+        problem = f"cannot write {args.output}: {error.strerror or error}. Nothing was replaced."
+        remedy = "Make room, or name an output where this user may write."
+        print(f"moedist tokenize: {problem} {remedy}", file=sys.stderr)
         return 4
     names = " and ".join(str(path) for path in written.paths)
     print(f"Wrote {names}: {written.num_documents} documents, {written.num_tokens} tokens, {written.dtype}.")

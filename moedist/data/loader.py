@@ -20,8 +20,8 @@ class Loader(Iterator[list[TokenBatch]]):
 
     A step takes the next G = ``world_size * accumulation * micro_batch`` samples of the run's order. Micro-batch
     number ``c = a * world_size + rank`` (``a`` = place in the list) takes rows ``c * micro_batch`` to
-    ``(c + 1) * micro_batch`` of them. So fewer ranks with more accumulation see the very same micro-batches, and a run that stops at sample n and
-    goes on at ``start_sample=n`` sees what it would have seen, at any number of ranks.
+    ``(c + 1) * micro_batch`` of them. So fewer ranks with more accumulation see the very same micro-batches, and a run
+    that stops at sample n and goes on at ``start_sample=n`` sees what it would have seen, at any number of ranks.
 
     ``train`` never ends: each epoch is a shuffle of all full samples by (seed, epoch); the last tokens of the stream,
     fewer than S + 1, are left out. ``valid`` runs once through the held-out part in its own order, the last short
