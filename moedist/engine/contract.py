@@ -13,30 +13,32 @@ from moedist.parallel.gradients import GradientTable
 
 
 class Engine(Protocol):
-    """Backward, step, save and load of one run; made once per run on every rank."""
-
-    model: nn.Module
+    """Backward, step and state of one run; made once per run on every rank."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's share of the global loss."""
         ...
 
-    def step(self) -> Tensor:
-        """Sums the gradients over ranks, clips, updates, clears. Returns the norm of the whole model's gradient before
-        the clip, 0-dim, equal on all ranks. Leaves the model unchanged where the norm is not finite."""
-        ...
+    def step(self) -> float:
+        """Sums the gradients over ranks, clips, updates, clears.
 
-    def state(self) -> dict[str, Any]:
-        """Model and optimizer as a nested mapping of tensors by global names, for `torch.distributed.checkpoint`:
-        the values are the live tensors (or DTensors), filled in place by a load."""
-        ...
-
-    def loaded(self) -> None:
-        """Called after `state`'s tensors were filled."""
+        Returns:
+            The norm of the whole model's gradient before the clip, equal on all ranks. Where it is not finite, the model
+            and the optimizer are left as they were.
+        """
         ...
 
     def set_learning_rate(self, factor: float) -> None:
-        """Sets every parameter group to ``factor`` x its own peak learning rate."""
+        """Sets every parameter group to ``factor`` x its own peak."""
+        ...
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current learning rate by group name."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimizer as a nested mapping of live tensors by global names: read by a save, filled in place by a
+        load."""
         ...
 
 
@@ -44,6 +46,12 @@ class Engine(Protocol):
 class EngineConfig(Choice, path="engine"):
     """One engine."""
 
-    def build(self, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: GradientTable) -> Engine:
-        """Wraps a spread model and its optimizer."""
+    def build(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gradients: GradientTable,
+        clip_norm: float | None,
+    ) -> Engine:
+        """Takes charge of a spread model and its optimizer; ``clip_norm`` None for no clip."""
         raise NotImplementedError

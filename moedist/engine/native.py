@@ -1,0 +1,90 @@
+"""Our own engine: dense weights replicated, experts sharded, gradients summed once per optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moedist.engine.contract import EngineConfig
+from moedist.parallel.gradients import GradientTable
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeConfig(EngineConfig):
+    """Plain torch; every replica holds all dense weights and their optimizer state."""
+
+    def build(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gradients: GradientTable,
+        clip_norm: float | None,
+    ) -> NativeEngine:
+        """See the contract."""
+        return NativeEngine(model, optimizer, gradients, clip_norm)
+
+
+class NativeEngine:
+    """See `moedist.engine.contract.Engine`; ranks meet in `step` only."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gradients: GradientTable,
+        clip_norm: float | None,
+    ):
+        self.model, self.optimizer, self.gradients, self.clip_norm = model, optimizer, gradients, clip_norm
+        self.peak_rates = [group["lr"] for group in optimizer.param_groups]
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this rank's share."""
+        loss.backward()
+
+    def step(self) -> float:
+        """Sum, norm, clip, update, clear."""
+        self.gradients.sum_copies(self.model)
+        norm = self.gradients.norm(self.model).item()
+        if math.isfinite(norm):
+            if self.clip_norm is not None and norm > self.clip_norm:
+                self.gradients.scale(self.model, self.clip_norm / norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Sets every group to ``factor`` x its peak."""
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = factor * peak
+
+    def learning_rates(self) -> dict[str, float]:
+        """By group name; groups of one name share their rate."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def state(self) -> dict[str, Any]:
+        """``model.<parameter>`` and ``optimizer.<parameter>.<moment>``."""
+        if not self.optimizer.state:
+            self._make_optimizer_state()
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        moments = {name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
+        return {"model": self.model.state_dict(), "optimizer": moments}
+
+    def _make_optimizer_state(self) -> None:
+        """Optimizers make their moments at the first step; a load needs them before. A step with zero gradients at rate
+        zero makes them and moves nothing."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()

@@ -1,0 +1,60 @@
+"""From a configuration to a model that lies spread over the ranks, with its first values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from moedist.mesh import Mesh
+from moedist.model.attention.contract import Attention
+from moedist.model.contract import LanguageModel
+from moedist.model.init import init_weights
+from moedist.model.size import ModelSize, model_size, train_flops_per_token
+from moedist.moe.bank.contract import Bank
+from moedist.parallel import GradientTable, recompute_in_backward, spread
+from moedist.train.config import RunConfig
+
+PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Dtype of the weights; under ``bf16`` compute is cast, the weights stay fp32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadModel:
+    """A model on this rank.
+
+    Attributes:
+        model: with this rank's experts only.
+        gradients: how each parameter lies over the ranks.
+        size: of the whole model.
+        flops_per_token: forward and backward of one token through the whole model.
+    """
+
+    model: LanguageModel
+    gradients: GradientTable
+    size: ModelSize
+    flops_per_token: float
+
+
+def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
+    """Builds without storage, keeps this rank's experts, then gives storage and values: no rank ever holds the whole.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+    model = config.model.build(
+        vocab_size, config.moe, device="meta", dtype=PARAMETER_DTYPES[config.train.precision]
+    )
+    size = model_size(model)
+    flops_per_token = train_flops_per_token(model, config.train.sequence_length)
+    gradients = spread(model, mesh)
+    model.to_empty(device=mesh.device)
+    init_weights(model, config.seed)
+    if config.train.activation_checkpointing:
+        recompute_in_backward(model, (Attention, Bank))
+    return SpreadModel(model, gradients, size, flops_per_token)
+
+
+def autocast(config: RunConfig, mesh: Mesh) -> torch.autocast:
+    """The context of every forward pass."""
+    return torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")

@@ -1,0 +1,126 @@
+"""How a rank's part of a run ends: one reason, one exit code, one status file."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from moedist.config import ConfigError
+from moedist.log.run_log import RunLog
+from moedist.mesh import Mesh
+from moedist.train.checkpoint import CheckpointError, DiskError
+from moedist.train.status import EXIT_CODES, Reason, read_status, write_status
+from moedist.train.trainer import NonFiniteError, Progress
+from moedist.train.watchdog import who_is_missing
+
+NO_FIT = 3
+"""Exit code of a run that its devices' memory cannot hold."""
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|peer", re.IGNORECASE)
+_REMEDY: dict[Reason, str] = {
+    "config": "Mend the configuration and start again.",
+    "data": "Restore the corpus, or start a new run.",
+    "checkpoint": "Name another checkpoint, or start a new run in another run.dir.",
+    "io": "Make room or mend the disk, then continue with run.resume=auto.",
+    "nonfinite": "Continue from the last good checkpoint with a lower learning rate, or look at the batch of this step.",
+    "peer_lost": "See the named rank's log, then continue with run.resume=auto.",
+    "bug": "See the rank's log for the traceback; continue with run.resume=auto.",
+    "preempted": "Continue with run.resume=auto.",
+    "done": "",
+}
+
+
+class DataChangedError(RuntimeError):
+    """The corpus is not the one that the checkpoint's run read."""
+
+
+class Ending:
+    """Entered around all that a rank does; an error inside becomes a status and an exit code, never a silent death.
+
+    Attributes:
+        log, progress: once they exist.
+        exit_code: after the end.
+    """
+
+    def __init__(self, run_dir: Path, mesh: Mesh):
+        self.run_dir, self.mesh = run_dir, mesh
+        self.log: RunLog | None = None
+        self.progress: Progress | None = None
+        self.exit_code = EXIT_CODES["bug"]
+
+    def at(self, reason: Reason, message: str) -> None:
+        """An end that all ranks have agreed on; rank 0 writes it down."""
+        if self.mesh.dp.rank == 0:
+            self._write(reason, message, EXIT_CODES[reason])
+        self._close("done" if reason == "done" else "preempted")
+        self.exit_code = EXIT_CODES[reason]
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None:
+            return False
+        if not isinstance(error, Exception):
+            self._close("failed")
+            return False
+        traceback.print_exception(error, file=sys.stderr)
+        reason, message, self.exit_code = self.explain(error)
+        # The first cause wins: a lost peer is most often the echo of another rank's error.
+        known = read_status(self.run_dir)
+        if known is None or (known.reason == "peer_lost" and reason != "peer_lost"):
+            self._write(reason, message, self.exit_code)
+        self._close("failed")
+        return True
+
+    def explain(self, error: Exception) -> tuple[Reason, str, int]:
+        """Reason, message and exit code of an error."""
+        reason: Reason = "bug"
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, torch.OutOfMemoryError):
+            return "config", f"The run does not fit: {error}", NO_FIT
+        if isinstance(error, ConfigError):
+            reason, message = "config", str(error)
+        elif isinstance(error, DataChangedError):
+            reason, message = "data", str(error)
+        elif isinstance(error, DiskError):
+            reason, message = "io", str(error)
+        elif isinstance(error, CheckpointError):
+            reason, message = "checkpoint", str(error)
+        elif isinstance(error, NonFiniteError):
+            reason, message = "nonfinite", str(error)
+        elif isinstance(error, OSError):
+            reason = "io"
+        elif isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            reason = "peer_lost"
+            message = f"{who_is_missing(self.run_dir, self.mesh.dp.size)} ({str(error).splitlines()[0]})"
+        return reason, message, EXIT_CODES[reason]
+
+    def _write(self, reason: Reason, message: str, exit_code: int) -> None:
+        good = self.run_dir / "checkpoints" / "latest"
+        try:
+            latest = good.parent / good.read_text().strip() if good.is_file() else None
+            write_status(
+                self.run_dir,
+                reason,
+                message,
+                exit_code=exit_code,
+                rank=None if reason in ("done", "preempted") else self.mesh.dp.rank,
+                step=None if self.progress is None else self.progress.step,
+                last_good_checkpoint=latest,
+                what_to_do=_REMEDY[reason],
+            )
+        except OSError as failure:
+            print(f"status.json cannot be written: {failure}", file=sys.stderr)
+
+    def _close(self, status: str) -> None:
+        if self.log is not None:
+            self.log.close(status)
+            self.log = None

@@ -1,0 +1,53 @@
+"""The held-out loss, measured by all ranks together."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from moedist.data.contract import Source
+from moedist.data.loader import Loader
+from moedist.mesh import Mesh
+from moedist.mesh.collectives import all_sum
+from moedist.model.contract import LanguageModel, StepContext
+from moedist.model.loss import token_loss
+from moedist.train.build import autocast
+from moedist.train.config import RunConfig
+
+
+def evaluate(model: LanguageModel, source: Source, config: RunConfig, mesh: Mesh) -> float:
+    """Mean next-token loss in nats over the held-out part, or over ``train.eval_batches`` micro-steps of it.
+
+    Every rank takes the same number of micro-steps, so that their exchanges meet; past the end a rank's micro-batch is
+    padding. Without noise and, unless ``moe.capacity.eval_factor`` says otherwise, under the training's capacity.
+    """
+    loader = Loader(
+        source,
+        "valid",
+        sequence_length=config.train.sequence_length,
+        micro_batch=config.train.micro_batch,
+        rank=mesh.dp.rank,
+        world_size=mesh.dp.size,
+        cross_documents=config.data.cross_documents,
+        pin_memory=mesh.device.type == "cuda",
+    )
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for micro_batches in itertools.islice(loader, config.train.eval_batches):
+            for batch in micro_batches:
+                batch = batch.to(mesh.device)
+                context = StepContext(
+                    seed=config.seed,
+                    step=torch.zeros((), dtype=torch.int64, device=mesh.device),
+                    num_tokens=batch.num_tokens(),
+                    training=False,
+                )
+                with autocast(config, mesh):
+                    output = model(batch, context)
+                total += torch.stack([token_loss(output, batch.target_BS).double(), batch.num_targets().double()])
+    model.train(was_training)
+    loss, count = all_sum(total, mesh.dp).tolist()
+    return loss / max(count, 1.0)

@@ -1,0 +1,59 @@
+"""AdamW (Loshchilov and Hutter 2019) with a learning rate for each role of a parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from moedist.config import require
+from moedist.parallel.gradients import GradientTable
+from moedist.train.optimizer.contract import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW.
+
+    Attributes:
+        router_lr, experts_lr, other_lr: peak learning rates of the routers, of the routed experts, and of all else.
+        weight_decay: of matrices; norms and biases do not decay.
+        beta1, beta2, eps: as in the paper.
+    """
+
+    router_lr: float = 1e-3
+    experts_lr: float = 5e-4
+    other_lr: float = 5e-4
+    weight_decay: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for key in ("router_lr", "experts_lr", "other_lr", "weight_decay", "eps"):
+            value = getattr(self, key)
+            require(value >= 0, key, value, "is negative", "Set it to 0 or more.")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(0 <= value < 1, key, value, "is no decay rate", "Set it to 0 or more, and below 1.")
+
+    def build(self, model: nn.Module, gradients: GradientTable) -> torch.optim.Optimizer:
+        """One group per role and decay."""
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                decays = parameter.dim() >= 2 and not name.endswith("bias")
+                groups.setdefault((gradients.spread_of[name].role, decays), []).append(parameter)
+        rates = {"router": self.router_lr, "experts": self.experts_lr, "other": self.other_lr}
+        settings: list[dict[str, Any]] = [
+            {
+                "name": role,
+                "params": parameters,
+                "lr": rates[role],
+                "weight_decay": self.weight_decay if decays else 0.0,
+            }
+            for (role, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ]
+        return torch.optim.AdamW(settings, betas=(self.beta1, self.beta2), eps=self.eps)

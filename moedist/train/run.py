@@ -1,0 +1,200 @@
+"""One rank of a run, from its configuration to its exit code."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from moedist.config import to_mapping
+from moedist.data.check import open_data
+from moedist.data.contract import Source
+from moedist.data.yardstick import bigram_cross_entropy
+from moedist.log.run_log import RunLog
+from moedist.log.sink.contract import RunInfo
+from moedist.mesh import Mesh
+from moedist.mesh.collectives import broadcast_json
+from moedist.mesh.slow import slow_axis
+from moedist.train.build import SpreadModel, build_model
+from moedist.train.checkpoint import CheckpointStore, read_meta
+from moedist.train.config import RunConfig
+from moedist.train.ending import DataChangedError, Ending
+from moedist.train.evaluate import evaluate
+from moedist.train.signals import StopRequest
+from moedist.train.status import clear_status
+from moedist.train.trainer import Progress, Trainer
+from moedist.train.watchdog import Watchdog
+
+CHECKPOINTS = "checkpoints"
+
+
+def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | None = None) -> int:
+    """Trains; called on every rank once the mesh stands. Returns the exit code; `status.json` says how it came.
+
+    Args:
+        config: decoded, the same on every rank.
+        run_dir: the run folder, which exists and is this run's.
+        mesh: who the ranks are.
+        terminal: where people look, on global rank 0; None for this process's stdout.
+    """
+    if mesh.dp.rank == 0:
+        clear_status(run_dir)
+    with StopRequest() as stop, Watchdog(run_dir, mesh.dp.rank, config.mesh) as watchdog, Ending(run_dir, mesh) as end:
+        source = open_data(config.data)
+        with watchdog.phase(0, "build", slow=True):
+            torch.manual_seed(config.seed)
+            spread = build_model(config, source.vocab_size, mesh)
+            store = CheckpointStore(
+                run_dir / CHECKPOINTS, slow_axis(mesh, config.mesh.save_timeout_s), config.checkpoint.keep
+            )
+            store.prepare()
+        found = find_checkpoint(config, store)
+        progress = Progress(run_id=choose_run_id(found, run_dir, mesh))
+        meta = {
+            "config": to_mapping(config),
+            "data_fingerprint": source.fingerprint,
+            "layout": {"world": mesh.dp.size, "ep": mesh.ep.size, "device": mesh.device.type},
+        }
+        trainer = Trainer(config, mesh, source, spread, store, stop, watchdog, progress, meta)
+        end.progress = progress
+        if found is not None:
+            check_same_data(trainer.load(found), source, config)
+        end.log = log = open_log(config, run_dir, mesh, progress, terminal)
+        greet(log, config, source, spread, mesh, found)
+        if trainer.run(log):
+            summarize(log, trainer, run_dir)
+            end.at("done", f"All {config.train.steps} steps done.")
+        else:
+            end.at("preempted", f"Asked to stop after step {progress.step}; saved.")
+    return end.exit_code
+
+
+def eval_rank(
+    config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, terminal: TextIO | None = None
+) -> int:
+    """Measures a checkpoint on the held-out part; called on every rank. Returns the exit code.
+
+    Rank 0 writes the result to ``eval.json`` in ``run_dir`` and a line to the terminal.
+    """
+    with Watchdog(run_dir, mesh.dp.rank, config.mesh) as watchdog, Ending(run_dir, mesh) as end:
+        source = open_data(config.data)
+        with watchdog.phase(0, "load", slow=True):
+            model = build_model(config, source.vocab_size, mesh).model
+            store = CheckpointStore(checkpoint.parent, slow_axis(mesh, config.mesh.save_timeout_s))
+            meta = store.load(checkpoint, {"model": model.state_dict()})
+        check_same_data(meta, source, config)
+        with watchdog.phase(meta["step"], "eval", slow=True):
+            loss = evaluate(model, source, config, mesh)
+        end.at("done", f"Step {meta['step']}: held-out loss {loss:.4f} nats per token.")
+    return end.exit_code
+
+
+def find_checkpoint(config: RunConfig, store: CheckpointStore) -> Path | None:
+    """The checkpoint to go on from; None for a fresh start. Called by all ranks.
+
+    A group of ranks that the launcher has started again goes on from the run's own newest checkpoint, whatever
+    ``run.resume`` says.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    own = store.newest() if restarted or config.run.resume == "auto" else None
+    if own is not None or config.run.resume in ("never", "auto"):
+        return own
+    path = Path(config.run.resume).expanduser()
+    if (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+    if path.name == CHECKPOINTS:
+        return CheckpointStore(path, store.axis).newest()
+    store.verify(path)
+    return path.absolute()
+
+
+def choose_run_id(found: Path | None, run_dir: Path, mesh: Mesh) -> str:
+    """The id of the run that this folder's own checkpoint belongs to; a new one for a fresh start or a branch off
+    another run. The same on all ranks."""
+    own = found is not None and found.parent == (run_dir / CHECKPOINTS).absolute()
+    run_id = read_meta(found)["run_id"] if own and found is not None else secrets.token_hex(4)
+    return broadcast_json(run_id, mesh.dp, mesh.device)
+
+
+def check_same_data(meta: Mapping[str, Any], source: Source, config: RunConfig) -> None:
+    """A data position means something in the corpus that it was counted in, only.
+
+    Raises:
+        DataChangedError: the corpus has changed and ``run.allow_changes`` does not list ``data``.
+    """
+    if meta["data_fingerprint"] != source.fingerprint and "data" not in config.run.allow_changes:
+        raise DataChangedError(
+            f"the corpus has changed since the checkpoint was written: its fingerprint was "
+            f"{meta['data_fingerprint'][:12]} and is {source.fingerprint[:12]} now ({source.describe()}). Restore the "
+            f"corpus, or go on with the new one by run.allow_changes=[data]."
+        )
+
+
+def open_log(
+    config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, terminal: TextIO | None
+) -> RunLog:
+    """The sinks of the run, on global rank 0."""
+    info = RunInfo(
+        directory=run_dir,
+        name=config.run.name,
+        run_id=progress.run_id,
+        resumed_step=progress.step,
+        config=to_mapping(config),
+        num_steps=config.train.steps,
+        device=f"{mesh.dp.size} x {mesh.device.type}",
+        max_expert_keys=config.log.max_expert_keys,
+        terminal=terminal or sys.stdout,
+    )
+    return RunLog(config.log, info, mesh.dp.rank)
+
+
+def greet(
+    log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, mesh: Mesh, found: Path | None
+) -> None:
+    """What a user wants to know before the first step."""
+    if mesh.dp.rank != 0:
+        return
+    train, size, capacity = config.train, spread.size, config.moe.capacity
+    tokens = train.accumulation(mesh.dp.size) * mesh.dp.size * train.micro_batch * train.sequence_length
+    log.say(
+        f"model  {size.total / 1e6:.2f} M parameters, {size.active / 1e6:.2f} M active; "
+        f"{spread.flops_per_token / 1e6:.1f} MFLOP per token"
+    )
+    log.say(
+        f"ranks  {mesh.dp.size} x {mesh.device.type}: expert parallel {mesh.ep.size}, expert data parallel "
+        f"{mesh.edp.size}; {tokens} tokens per step"
+    )
+    log.say(f"data   {source.describe()}")
+    yardstick = bigram_cross_entropy(source)
+    if yardstick is not None:
+        log.say(f"yardstick  held-out loss of a smoothed byte-bigram model: {yardstick:.4f} nats per byte")
+    if spread.model.moe_blocks and not capacity.causal:
+        log.say(
+            f"note   drop_policy {capacity.drop_policy} in groups of a {capacity.group}: a later token can evict an "
+            f"earlier one in training; generation and `moedist eval` drop nothing"
+        )
+    if found is not None:
+        log.say(f"resume {found}")
+
+
+def summarize(log: RunLog, trainer: Trainer, run_dir: Path) -> None:
+    """The last lines of a run that is done."""
+    record = trainer.last_record
+    rows = {
+        "train loss": ("train/loss", "{:.4f} nats per token"),
+        "held-out loss": ("eval/loss", "{:.4f} nats per token"),
+        "drop rate": ("moe/drop_rate", "{:.2%}"),
+        "MaxVio": ("moe/max_vio", "{:.2f}"),
+        "dead experts": ("moe/dead_experts", "{}"),
+        "throughput": ("train/tokens_per_s", "{:,.0f} tokens/s"),
+    }
+    for title, (key, form) in rows.items():
+        if record.get(key) is not None:
+            log.say(f"{title:<14} {form.format(record[key])}")
+    log.say(f"{'run folder':<14} {run_dir}")

@@ -1,0 +1,261 @@
+"""The loop: RUN until the last step or a request to stop, then SAVE, then leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moedist.data.contract import Source
+from moedist.data.loader import Loader
+from moedist.log.metrics import moe_metrics, train_metrics
+from moedist.log.run_log import RunLog
+from moedist.log.sink.contract import Value
+from moedist.mesh import Mesh
+from moedist.mesh.collectives import all_sum
+from moedist.model.batch import TokenBatch
+from moedist.model.contract import StepContext
+from moedist.model.loss import token_loss
+from moedist.moe.report import pack_reports
+from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast
+from moedist.train.checkpoint import CheckpointStore, DiskError
+from moedist.train.config import RunConfig
+from moedist.train.evaluate import evaluate
+from moedist.train.signals import StopRequest
+from moedist.train.tally import Tally
+from moedist.train.throughput import measured_peak_flops, peak_memory_gib
+from moedist.train.watchdog import Watchdog
+
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is no number any more; the model is as it was before the step."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; the part of its state that is no tensor.
+
+    Attributes:
+        run_id: stable name of the run, also in trackers: 8 letters and digits.
+        step: optimizer steps taken.
+        tokens: valid tokens trained on.
+        next_sample: the data's state, together with the seed.
+    """
+
+    run_id: str
+    step: int = 0
+    tokens: int = 0
+    next_sample: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What all ranks agree on before a step's first backward: one small reduce."""
+
+    num_targets: int
+    num_tokens: int
+    stop: bool
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        source: Source,
+        spread: SpreadModel,
+        store: CheckpointStore,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        progress: Progress,
+        meta: Mapping[str, Any],
+    ):
+        self.config, self.mesh, self.source, self.spread = config, mesh, source, spread
+        self.store, self.stop, self.watchdog, self.progress, self.meta = store, stop, watchdog, progress, meta
+        self.model = spread.model
+        optimizer = config.train.optimizer.build(self.model, spread.gradients)
+        self.engine = config.engine.build(self.model, optimizer, spread.gradients, config.train.clip_norm)
+        num_layers = len(self.model.moe_blocks)
+        self.tally = Tally(
+            self.model.moe_blocks,
+            torch.zeros(num_layers, config.moe.num_experts, dtype=torch.int64, device=mesh.device),
+        )
+        self.seconds, self.seconds_tokens = 0.0, 0
+        self.grad_norm = math.nan
+        self.peak_flops: float | None = None
+        self.eval_loss: float | None = None
+        self.last_record: Mapping[str, Value] = {}
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Tensors of the run by global names."""
+        return {**self.engine.state(), "counters": {"last_seen": self.tally.last_seen_LE}}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Tensors of this rank alone."""
+        own = {"rng_cpu": torch.get_rng_state()}
+        if self.mesh.device.type == "cuda":
+            own["rng_cuda"] = torch.cuda.get_rng_state(self.mesh.device)
+        return own
+
+    def load(self, path: Any) -> Mapping[str, Any]:
+        """Takes over a checkpoint's state, whatever layout wrote it; returns its meta."""
+        own = self.own_state()
+        with self.watchdog.phase(self.progress.step, "load", slow=True):
+            meta = self.store.load(path, self.state(), own)
+        torch.set_rng_state(own["rng_cpu"])
+        if "rng_cuda" in own:
+            torch.cuda.set_rng_state(own["rng_cuda"], self.mesh.device)
+        self.progress.step, self.progress.tokens = meta["step"], meta["tokens"]
+        self.progress.next_sample = meta["next_sample"]
+        return meta
+
+    def save(self, log: RunLog) -> None:
+        """Writes a checkpoint; what a failure does is the user's choice (``checkpoint.on_failure``)."""
+        self.tally.share_last_seen(self.mesh.dp)
+        meta = {**self.meta, **dataclasses.asdict(self.progress)}
+        try:
+            with self.watchdog.phase(self.progress.step, "save", slow=True):
+                path = self.store.save(self.progress.step, self.state(), meta, self.own_state())
+        except DiskError as error:
+            if self.config.checkpoint.on_failure == "abort":
+                raise
+            log.say(f"Warning: {error} The run goes on (checkpoint.on_failure = warn).")
+        else:
+            log.say(f"checkpoint {path}")
+
+    # The loop
+
+    def run(self, log: RunLog) -> bool:
+        """Trains from where it stands. Returns whether all steps were done; False after a request to stop, saved."""
+        train, progress = self.config.train, self.progress
+        loader = self.loader()
+        dtype = torch.bfloat16 if train.precision == "bf16" else PARAMETER_DTYPES[train.precision]
+        with self.watchdog.phase(progress.step, "measure"):
+            self.peak_flops = measured_peak_flops(self.mesh, dtype)
+        self.model.train()
+        while progress.step < train.steps:
+            if not self.step(loader):
+                if train.checkpoint_every is not None or progress.step > 0:
+                    self.save(log)
+                return False
+            last = progress.step == train.steps
+            evaluates = due(train.eval_every, progress.step, last)
+            if evaluates:
+                with self.watchdog.phase(progress.step, "eval"):
+                    self.eval_loss = evaluate(self.model, self.source, self.config, self.mesh)
+            if evaluates or due(train.log_every, progress.step, last):
+                self.record(log, evaluates)
+            if due(train.checkpoint_every, progress.step, last):
+                self.save(log)
+        return True
+
+    def loader(self) -> Loader:
+        """This rank's training data from where the run stands."""
+        train = self.config.train
+        return Loader(
+            self.source,
+            "train",
+            sequence_length=train.sequence_length,
+            micro_batch=train.micro_batch,
+            seed=self.config.seed,
+            rank=self.mesh.dp.rank,
+            world_size=self.mesh.dp.size,
+            accumulation=train.accumulation(self.mesh.dp.size),
+            cross_documents=self.config.data.cross_documents,
+            start_sample=self.progress.next_sample,
+            pin_memory=self.mesh.device.type == "cuda",
+        )
+
+    def step(self, loader: Loader) -> bool:
+        """One optimizer step; False, with nothing done, where a rank was asked to stop.
+
+        Raises:
+            NonFiniteError: on all ranks; the model is unchanged.
+        """
+        start = time.perf_counter()
+        config, progress, device = self.config, self.progress, self.mesh.device
+        with self.watchdog.phase(progress.step, "data"):
+            micro_batches = [batch.to(device) for batch in next(loader)]
+        with self.watchdog.phase(progress.step, "agree"):
+            totals = self.agree(micro_batches)
+        if totals.stop:
+            return False
+        self.engine.set_learning_rate(config.train.schedule.factor(progress.step + 1, config.train.steps))
+        context = StepContext(
+            seed=config.seed,
+            step=torch.tensor(progress.step, device=device),
+            num_tokens=torch.tensor(totals.num_tokens, device=device),
+            training=True,
+        )
+        self.tally.clear()
+        for batch in micro_batches:
+            with self.watchdog.phase(progress.step, "forward"), autocast(config, self.mesh):
+                output = self.model(batch, context)
+                # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
+                task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
+                reports = pack_reports(output.reports) if output.reports else None
+                loss = task_loss if reports is None else task_loss + reports.objective()
+            with self.watchdog.phase(progress.step, "backward"):
+                self.engine.backward(loss)
+            self.tally.add(task_loss, reports)
+        with self.watchdog.phase(progress.step, "optimizer"):
+            self.grad_norm = self.engine.step()
+        if not math.isfinite(self.grad_norm):
+            raise NonFiniteError(
+                f"the gradient's norm at step {progress.step + 1} is {self.grad_norm}; the model is that of step "
+                f"{progress.step}"
+            )
+        progress.step += 1
+        progress.tokens += totals.num_tokens
+        progress.next_sample = loader.next_sample
+        self.tally.see(progress.step)
+        self.seconds += time.perf_counter() - start
+        self.seconds_tokens += totals.num_tokens
+        return True
+
+    def agree(self, micro_batches: list[TokenBatch]) -> Totals:
+        """Sizes of the global batch, and whether any rank was asked to stop."""
+        num_targets = torch.stack([batch.num_targets() for batch in micro_batches]).sum()
+        num_tokens = torch.stack([batch.num_tokens() for batch in micro_batches]).sum()
+        stop = torch.tensor(int(self.stop.requested), device=self.mesh.device)
+        targets, tokens, stops = all_sum(torch.stack([num_targets, num_tokens, stop]), self.mesh.dp).tolist()
+        return Totals(targets, tokens, stops > 0)
+
+    def record(self, log: RunLog, evaluated: bool) -> None:
+        """Sends the numbers of the step just done to the sinks; all ranks take part."""
+        with self.watchdog.phase(self.progress.step, "metrics"):
+            total = self.tally.reduce(self.mesh.dp)
+            memory = peak_memory_gib(self.mesh)
+        record = train_metrics(
+            step=self.progress.step,
+            loss=total.loss,
+            tokens=self.progress.tokens,
+            tokens_per_s=self.seconds_tokens / max(self.seconds, 1e-9),
+            learning_rates=self.engine.learning_rates(),
+            grad_norm=self.grad_norm,
+            memory_gib=memory,
+            flops_per_token=self.spread.flops_per_token,
+            peak_flops=self.peak_flops,
+        )
+        self.seconds, self.seconds_tokens = 0.0, 0
+        if total.moe is not None:
+            record |= moe_metrics(total.moe, self.progress.step, self.config.log.dead_window)
+        if evaluated:
+            record["eval/loss"] = self.eval_loss
+        self.last_record = record
+        log.write(record)
+
+
+def due(every: int | None, step: int, last: bool) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens at ``step``."""
+    return every is not None and (last or step % every == 0)
