@@ -17,7 +17,9 @@ def test_values_that_cannot_work_are_refused_with_key_value_and_remedy(key, valu
 
 def test_the_default_sinks_are_choices_by_kind():
     sinks = to_mapping(LogConfig())["sinks"]
-    assert {name: sink["kind"] for name, sink in sinks.items()} == {name: name for name in ("console", "jsonl", "wandb")}
+    assert {name: sink["kind"] for name, sink in sinks.items()} == {
+        name: name for name in ("console", "jsonl", "wandb")
+    }
 
 
 def test_configs_load_neither_wandb_nor_rich():

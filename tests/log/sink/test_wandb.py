@@ -1,0 +1,300 @@
+"""Weights & Biases without Weights & Biases: offline files read back, and servers that don't play along."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
+from moedist.log.sink import wandb as sink_module
+from moedist.log.sink.wandb import LastStep, Rows, WandbConfig, decide_mode, expert_histogram, has_key, probe
+
+KEY = "canary5f0cbd35e1a44b2c9e8d7f6a5b4c3d2e1f"
+
+
+@pytest.fixture(autouse=True)
+def stranger(monkeypatch, tmp_path_factory):
+    """A user without a key, settings or a network, and wandb as freshly imported."""
+    for name in ("API_KEY", "IDENTITY_TOKEN_FILE", "MODE", "PROJECT", "RUN_ID", "DIR"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / ".netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(sink_module, "PROBE_S", 0.5)
+    yield
+    if library := sys.modules.get("wandb"):
+        library.teardown()
+
+
+def record(step: int, loss: float = 2.5) -> dict:
+    moe = MoEStep(
+        blocks=[1],
+        loss_names=["switch", "z_loss"],
+        loss_LJ=torch.tensor([[1.25, 0.5]]),
+        entropy_L=torch.tensor([0.75]),
+        count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0]]]),
+        last_seen_LE=torch.full((1, 4), step),
+    )
+    return train_metrics(
+        step=step,
+        loss=loss,
+        tokens=100 * step,
+        tokens_per_s=1e4,
+        learning_rates={"router": 1e-4, "experts": 2e-3},
+        grad_norm=1.5,
+        memory_gib=0.25,
+    ) | moe_metrics(moe, step, dead_window=100)
+
+
+def log_steps(run_info, *records, config: WandbConfig | None = None, status: str = "done") -> list[str]:
+    said: list[str] = []
+    sink = (config or WandbConfig()).open(run_info, said.append)
+    for each in records:
+        sink.write(each)
+    sink.close(status)
+    return said
+
+
+def stored(run_info) -> list[dict]:
+    """All records of all offline files of a run, read by wandb's own reader."""
+    found = []
+    for path in sorted(run_info.directory.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found += [json.loads(line) for line in lines.splitlines()]
+    return found
+
+
+def history(records: list[dict]) -> list[dict]:
+    return [each["history"]["item"] for each in records if each["type"] == "history"]
+
+
+def test_an_offline_file_holds_the_documented_keys_with_their_values(run_info):
+    config = WandbConfig(project="p", group="g", tags=("a", "b"))
+    said = log_steps(run_info, record(10), record(20, float("nan")) | {"eval/loss": 2.25}, config=config)
+    assert said[0] == "W&B: offline (no API key: set WANDB_API_KEY or run wandb login)"
+    assert said[1] == f"W&B: to upload this run: wandb sync {run_info.directory}/wandb/*run-*"
+    records = stored(run_info)
+    first, second = history(records)
+    flat = {key: value for key, value in record(10).items() if not isinstance(value, list)}
+    assert flat.items() <= first.items()
+    assert first["moe/layer_01/load._type"] == "histogram"
+    assert first["moe/layer_01/load.values"] == [5, 2, 1, 0] and first["moe/layer_01/load.bins"] == [0, 1, 2, 3, 4]
+    assert first["moe/layer_01/kept.values"] == [3, 2, 1, 0]
+    assert [first[f"moe/layer_01/expert_{expert:03d}/load"] for expert in range(4)] == [5, 2, 1, 0]
+    assert [first[f"moe/layer_01/expert_{expert:03d}/kept"] for expert in range(4)] == [3, 2, 1, 0]
+    assert second["train/loss"] == "NaN" and second["eval/loss"] == 2.25
+
+    (run,) = [each["run"] for each in records if each["type"] == "run"]
+    assert (run["run_id"], run["display_name"], run["project"], run["run_group"]) == ("abcd1234", "tiny", "p", "g")
+    assert run["tags"] == ["a", "b"] and run["resume"] is True
+    assert run["config"]["update"]["moe"] == {"num_experts": 8}
+
+
+def test_train_step_is_the_axis_of_everything(run_info):
+    log_steps(run_info, record(10))
+    metrics = [each["metric"] for each in stored(run_info) if each["type"] == "metric"]
+    assert {metric.get("name") or metric.get("glob_name"): metric.get("step_metric") for metric in metrics} == {
+        "train/step": None,
+        "*": "train/step",
+    }
+
+
+def test_a_resumed_run_goes_on_under_its_id_and_sends_no_step_twice(run_info):
+    log_steps(run_info, *map(record, (10, 20, 30)), status="failed")
+    later = dataclasses.replace(run_info, resumed_step=10)
+    log_steps(later, *map(record, (20, 30, 40)))
+    records = stored(run_info)
+    assert [row["train/step"] for row in history(records)] == [10, 20, 30, 40]
+    assert {each["run"]["run_id"] for each in records if each["type"] == "run"} == {"abcd1234"}
+    assert [each["exit"].get("exit_code", 0) for each in records if each["type"] == "exit"] == [1, 0]
+
+
+def test_the_last_step_is_of_one_run_and_a_broken_file_counts_as_none(tmp_path):
+    last = LastStep(tmp_path / "last_step.json", "abcd1234")
+    assert last.read() == 0
+    last.write(30)
+    assert last.read() == 30
+    assert LastStep(last.path, "other567").read() == 0
+    last.path.write_text("[")
+    assert last.read() == 0
+
+
+def test_no_secret_and_no_argument_is_in_any_file_of_the_run(run_info, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moedist", "token=canary-argument"])
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("SOME_TOKEN", "canary-variable")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://me:canary-password@127.0.0.1:9")
+    said = log_steps(run_info, record(10))
+    files = [path for path in run_info.directory.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if b"canary" in path.read_bytes()] == []
+    assert "offline" in said[0] and "canary" not in "".join(said)
+    records = stored(run_info)
+    (run,) = [each["run"] for each in records if each["type"] == "run"]
+    assert "host" not in run and "git" not in run
+    assert not [each for each in records if each["type"] in ("environment", "files")]
+
+
+class Server:
+    """A server on a local port: ``None`` accepts and never answers, a number is the status of every answer."""
+
+    def __init__(self, status: int | None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                # the probe's question gets an answer, so that wandb itself meets the status
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.send_response(200 if b"__typename" in body and status == 401 else status)
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *args):
+                pass
+
+        if status is None:
+            self.socket = socket.create_server(("127.0.0.1", 0))
+            self.close = self.socket.close
+            self.port = self.socket.getsockname()[1]
+        else:
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            self.close = lambda: (server.shutdown(), server.server_close())
+            self.port = server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(status: int | None) -> Server:
+        servers.append(Server(status))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_a_server_is_of_use_if_it_answers(serve):
+    assert probe(serve(200).url) == ""
+    assert probe(serve(404).url) == ""
+    assert "error 500" in probe(serve(500).url)
+    assert "does not answer" in probe(serve(None).url)
+    closed = serve(None)
+    closed.close()
+    assert f"127.0.0.1:{closed.port} cannot be reached" in probe(closed.url)
+    assert "cannot be reached" in probe("http://no-such-host.invalid")
+
+
+def test_without_a_key_no_server_is_asked(serve, monkeypatch):
+    mute = serve(None)
+    monkeypatch.setenv("WANDB_BASE_URL", mute.url)
+    assert decide_mode("auto")[0] == decide_mode("online")[0] == "offline"
+    mute.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        mute.socket.accept()
+
+
+@pytest.mark.parametrize(
+    ("wish", "variable", "mode"),
+    [
+        ("auto", None, "online"),
+        ("auto", "offline", "offline"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "disabled", "disabled"),
+        ("online", "offline", "online"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+    ],
+)
+def test_the_config_comes_before_the_variable_and_the_variable_before_the_search(
+    serve, monkeypatch, wish, variable, mode
+):
+    monkeypatch.setenv("WANDB_BASE_URL", serve(200).url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert decide_mode(wish)[0] == mode
+
+
+def test_keys_are_found_where_wandb_looks(monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert not has_key("https://host.example")
+    netrc.write_text(f"machine host.example login user password {KEY}\n")
+    netrc.chmod(0o600)
+    assert has_key("https://host.example") and not has_key("https://other.example")
+    netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert has_key("https://api.forge.coreweave.com")
+    netrc.write_text("machine")
+    assert not has_key("https://host.example")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert has_key("https://host.example")
+
+
+@pytest.mark.parametrize("status", [None, 500, 401])
+def test_a_server_that_does_not_play_along_means_offline_with_every_row(serve, monkeypatch, run_info, status):
+    monkeypatch.setenv("WANDB_BASE_URL", serve(status).url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    said = log_steps(run_info, record(10), record(20))
+    assert said[0].startswith("W&B: offline (") and len(said) == 2
+    assert [row["train/step"] for row in history(stored(run_info))] == [10, 20]
+
+
+def test_disabled_makes_nothing(run_info):
+    assert log_steps(run_info, record(10), config=WandbConfig(mode="disabled")) == []
+    assert list(run_info.directory.iterdir()) == []
+
+
+def test_a_missing_library_is_one_line(run_info, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (line,) = log_steps(run_info, record(10), record(20))
+    assert line.startswith("Warning: W&B is off: ") and line.endswith("The run goes on.")
+
+
+def test_a_stuck_tracker_costs_rows_and_never_the_run(run_info, monkeypatch):
+    stuck = threading.Event()
+    monkeypatch.setattr(sink_module, "decide_mode", lambda wish: (stuck.wait(), ("disabled", ""))[1])
+    monkeypatch.setattr(sink_module, "QUEUE_SIZE", 2)
+    monkeypatch.setattr(sink_module, "CLOSE_S", 0.1)
+    said = log_steps(run_info, *map(record, range(1, 6)))
+    stuck.set()
+    assert len(said) == 2
+    assert "too slow" in said[0] and "did not finish" in said[1] and "wandb sync" in said[1]
+
+
+def test_per_expert_keys_stop_at_their_bound_and_histograms_hold_all():
+    said: list[str] = []
+    rows = Rows(max_expert_keys=512, say=said.append)
+    step = {f"moe/layer_{layer:02d}/{quantity}": [layer] * 128 for layer in range(48) for quantity in ("load", "kept")}
+    first, second = rows.of(step), rows.of(step)
+    scalars = [key for key in first if "/expert_" in key]
+    assert len(scalars) == 512 and first.keys() == second.keys()
+    assert {key.split("/")[1] for key in scalars} == {"layer_00", "layer_01"}
+    assert all(sum(first[key].histogram) == 128 * step[key][0] and len(first[key].histogram) == 128 for key in step)
+    assert len(said) == 1 and "log.max_expert_keys = 512" in said[0]
+    assert not [key for key in Rows(0, said.append).of(step) if "/expert_" in key]
+
+
+@pytest.mark.parametrize(("num_experts", "bins", "width"), [(1, 1, 1), (512, 512, 1), (513, 257, 2), (2000, 500, 4)])
+def test_a_histogram_has_a_bin_per_expert_or_per_equal_run_of_them(num_experts, bins, width):
+    histogram = expert_histogram(list(range(num_experts)))
+    assert len(histogram.histogram) == bins and len(histogram.bins) == bins + 1
+    assert histogram.bins[:2] == [0, width]
+    assert sum(histogram.histogram) == sum(range(num_experts))
+    assert histogram.histogram[0] == sum(range(width))
