@@ -139,7 +139,7 @@ def write_shards(
                 no_dist=axis.group_name is None,
             )
     except dcp.CheckpointException as failure:
-        rank, (cause, _) = min(failure.failures.items(), key=lambda item: item[0])
+        rank, cause = _first_failure(failure)
         if isinstance(cause, CheckpointError):
             raise cause from None
         raise CheckpointError(f"rank {rank} could not write its part of {folder}: {cause!r}") from failure
@@ -150,14 +150,26 @@ def read_shards(state: Mapping[str, Tensor], path: Path, index: Metadata) -> Non
 
     Args:
         index: from `read_index`; `check_state` has passed for it.
+
+    Raises:
+        CheckpointError: a file can no longer be read, or holds something else than tensors.
     """
-    with _quiet():
-        dcp.load(
-            dict(state),
-            storage_reader=_IndexedReader(path, index),
-            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
-            no_dist=True,
-        )
+    try:
+        with _quiet():
+            dcp.load(
+                dict(state),
+                storage_reader=_IndexedReader(path, index),
+                planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
+                no_dist=True,
+            )
+    except dcp.CheckpointException as failure:
+        raise CheckpointError(f"cannot read {path}: {_first_failure(failure)[1]}") from None
+
+
+def _first_failure(failure: dcp.CheckpointException) -> tuple[int, BaseException]:
+    """DCP's exception (no `Exception` to Python) holds what each failing rank met."""
+    rank = min(failure.failures)
+    return rank, failure.failures[rank][0]
 
 
 class _IndexedReader(dcp.FileSystemReader):

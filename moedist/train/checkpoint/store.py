@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -101,7 +100,7 @@ class CheckpointStore:
         """Writes a checkpoint and makes it the newest; older ones beyond ``keep`` are removed.
 
         Everything goes to a hidden folder that gets its name by one rename. At every moment the checkpoints before it
-        are whole; a checkpoint of the same step is replaced.
+        are whole. One of the same step is replaced by two renames; a crash between them is mended by the next `prepare`.
 
         Args:
             step: optimizer steps taken.
@@ -332,10 +331,10 @@ class CheckpointStore:
 
     def _together(self, verb: str, function: Callable[[], T], path: Path | None = None) -> T:
         """Calls ``function`` on every rank; raises on every rank if it failed on one."""
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             value = function()
-        except (Exception, dcp.CheckpointException) as error:
+        except Exception as error:
             failure = error
         rank = int(all_max(torch.tensor(-1 if failure is None else self.axis.rank), self.axis))
         if rank < 0:
