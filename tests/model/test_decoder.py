@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moedist.config import ConfigError
 from moedist.model.attention.contract import AttentionContext
@@ -211,3 +213,16 @@ def test_autocast_keeps_the_loss_wide():
 def test_errors_say_key_value_and_remedy(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_recomputed_attention_gives_the_same_gradients():
+    batch, gradients = batch_of([3, 4], [6], length=8), []
+    for recompute in (False, True):
+        model = build()
+        if recompute:
+            for block in model.blocks:
+                attention = block.attention
+                block.attention.forward = partial(checkpoint, attention.forward, use_reentrant=False)
+        token_loss(run(model, batch), batch.target_BS).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))

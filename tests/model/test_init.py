@@ -74,6 +74,7 @@ def test_standard_deviations():
     assert_std("embedding.weight", 0.02 * 0.986)
     assert_std("head.weight", 0.02 * 0.986)
     assert_std("blocks.0.attention.query.weight", 256**-0.5 * 0.986)
+    assert_std("blocks.0.ffn.up.weight", 256**-0.5 * 0.986)  # 704 x 256: the width of the input counts
     assert_std("blocks.0.attention.output.weight", 256**-0.5 / 2 * 0.986)
     assert_std("blocks.0.ffn.down.weight", 704**-0.5 / 2 * 0.986)
     assert model.get_parameter("norm.weight").eq(1).all()

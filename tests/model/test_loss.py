@@ -38,3 +38,20 @@ def test_without_targets_it_is_zero():
     value = token_loss(ModelOutput(logits_BSV, ()), torch.full((1, 3), IGNORE))
     value.backward()
     assert value.item() == 0 and logits_BSV.grad.eq(0).all()
+
+
+def test_log_probabilities_are_kept_for_one_chunk_only(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_SIZE", 1600)
+    sizes: list[int] = []
+    softmax = torch.nn.functional.cross_entropy
+
+    def measured(logits_RV: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        sizes.append(logits_RV.numel())
+        return softmax(logits_RV, *args, **options)
+
+    monkeypatch.setattr(loss, "cross_entropy", measured)
+    logits_BSV, target_BS = torch.randn(4, 64, 100, requires_grad=True), torch.randint(100, (4, 64))
+    value = token_loss(ModelOutput(logits_BSV, ()), target_BS)
+    assert sizes == [1600] * 16
+    value.backward()
+    assert sizes == [1600] * 32  # made again in backward, not kept

@@ -1,0 +1,11 @@
+"""Every test of models draws the same inputs, alone or among others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
