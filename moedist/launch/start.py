@@ -169,7 +169,9 @@ class _Signals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -224,7 +226,8 @@ def conclude(run_dir: Path, returncode: int, said: str, stop: Stop, launch: Laun
     if stop == "at_once":
         return _stopped(run_dir, status, "The ranks were killed at a second interrupt, before they had saved.")
     if stop == "late":
-        message = f"The ranks had not saved launch.stop_after_s = {launch.stop_after_s:g} s after the signal and were killed."
+        given = f"launch.stop_after_s = {launch.stop_after_s:g} s"
+        message = f"The ranks were killed {given} after the signal, before they had saved."
         return _stopped(run_dir, status, message)
     by_signal = failure is not None and failure.signal_name is not None
     if status is not None and status.reason != "done" and not (status.reason == "peer_lost" and by_signal):
@@ -279,7 +282,8 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
     log = run_dir / "logs" / LAUNCHER_LOG
     if re.search(r"EADDRINUSE|[Aa]ddress already in use", said):
         message = f"launch.rendezvous = {launch.rendezvous!r} is taken by another program."
-        return write_status(run_dir, "io", message, what_to_do="Set launch.rendezvous to a free port of the first node.")
+        remedy = "Set launch.rendezvous to a free port of the first node."
+        return write_status(run_dir, "io", message, what_to_do=remedy)
     if re.search(r"Rendezvous\w*Error|RendezvousTimeout", said):
         message = f"The nodes did not meet at launch.rendezvous = {launch.rendezvous!r}: {last}"
         remedy = "See that all nodes run the same command, and that they reach the first node's address and port."
@@ -287,14 +291,19 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
     return write_status(run_dir, "bug", f"The launcher failed: {last}", what_to_do=f"See {log}.")
 
 
-def last_good_checkpoint(run_dir: Path) -> Path | None:
-    """The run's newest verified checkpoint; None where there is none."""
-    try:
-        name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    path = run_dir / "checkpoints" / name
-    return path if name and path.is_dir() else None
+def last_good_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder whose files have the sizes that its manifest says; None for none."""
+    from moedist.train.checkpoint.errors import CheckpointError
+    from moedist.train.checkpoint.manifest import check_sizes, step_of
+
+    folders = [path for path in (run / "checkpoints").glob("*") if step_of(path) is not None]
+    for path in sorted(folders, reverse=True):
+        try:
+            check_sizes(path)
+        except CheckpointError:
+            continue
+        return path
+    return None
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:

@@ -1,0 +1,102 @@
+"""The command ``moedist``: finds its subcommands in this folder, a file each, and runs one.
+
+A command's file has ``add_parser(subparsers)`` and ``main(args) -> int``. At module level it imports the standard
+library and `moedist.config` only, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+import warnings
+from collections.abc import Sequence
+
+import moedist
+import moedist.cli
+from moedist.config import ConfigError, ConfigErrors
+
+EPILOG = """\
+examples:
+  moedist train                                   # the recipe tiny_cpu: a few minutes on four cores
+  moedist train experiment=tiny_cpu mesh.ep=4 moe.capacity.factor=1.0 run.dir=runs/first
+  moedist train --cfg job                         # every key of the configuration, with its value
+  moedist train --dry-run                         # what would run, without running it
+  moedist eval runs/first                         # held-out loss of its newest checkpoint
+
+exit codes:
+  0 done   2 configuration or data known to be bad before a rank starts   3 does not fit   4 environment or disk
+  5 a rank failed   75 preempted and saved: start it again with run.resume=auto
+"""
+
+NOT_COMMANDS = {"__main__", "main"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command of this folder."""
+    parser = argparse.ArgumentParser(
+        prog="moedist",
+        description="Trains mixture-of-experts models with their experts sharded over ranks.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moedist {moedist.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in pkgutil.iter_modules(moedist.cli.__path__):
+        if module.name not in NOT_COMMANDS:
+            command = importlib.import_module(f"moedist.cli.{module.name}")
+            command.add_parser(subparsers)
+            subparsers.choices[module.name].set_defaults(main=command.main)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of one command. ``key=value`` may stand anywhere between the flags."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(list(argv))
+    stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
+    if stray:
+        parser.error(f"unknown arguments for {args.command}: {' '.join(stray)} (see moedist {args.command} --help)")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        return int(args.main(args))
+    except ConfigError as error:
+        return refuse(args.command, error, as_json=getattr(args, "json", False))
+    except KeyboardInterrupt:
+        print("moedist: interrupted before a rank was started.", file=sys.stderr)
+        return 130
+
+
+def refuse(command: str, error: ConfigError, *, as_json: bool = False) -> int:
+    """Says what is wrong with a configuration, each error on a line; returns the exit code."""
+    errors = error.errors if isinstance(error, ConfigErrors) else (error,)
+    exit_code = max(getattr(single, "exit_code", 2) for single in errors)
+    for single in errors:
+        print(f"moedist {command}: {single}", file=sys.stderr)
+    if as_json:
+        fields = ("key", "value", "problem", "remedy")
+        listed = [{name: getattr(single, name) for name in fields} for single in errors]
+        print(json.dumps({"exit_code": exit_code, "errors": listed}, default=str))
+    return exit_code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """A warning as users need it: the sentence, not the source line."""
+    print(f"moedist: warning: {message}", file=sys.stderr)

@@ -1,0 +1,161 @@
+"""``moedist train``: composes a run, checks it, makes its folder and starts its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moedist.config import ConfigError
+
+if TYPE_CHECKING:
+    from moedist.launch.compose import Composed
+    from moedist.launch.start import Ranks
+    from moedist.train.status import Status
+
+EXAMPLES = """\
+examples:
+  # the recipe tiny_cpu, on four ranks of this machine
+  moedist train
+
+  # a recipe, a folder, and single values; `moedist train --cfg job` lists all keys
+  moedist train experiment=tiny_cpu run.dir=runs/first launch.nproc=4 mesh.ep=2 train.steps=20 seed=1
+
+  # other parts: a choice is a file of conf/, picked with a slash; a named part is taken away with ~
+  moedist train moe/dispatch=padded moe/balance=[switch] data=text 'data.files=corpus/*.txt'
+  moedist train '~moe.balance.z_loss'
+
+  # go on after a preemption or a crash
+  moedist train run.dir=runs/first run.resume=auto
+
+  # what would run, for a script
+  moedist train --dry-run --json mesh.ep=4
+
+A group and its key: moe/router=topk picks the file conf/moe/router/topk.yaml, moe.router.top_k=4 sets a value in it.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:
+    """Adds the command to ``moedist``'s parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "train",
+        help="train a model",
+        description="Composes a configuration, checks it, makes the run folder and starts the ranks.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="parts and values of the configuration")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration, every key, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and stop")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output; the rest on the other")
+    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def refuse_multirun(overrides: list[str]) -> ConfigError:
+    """The error for ``-m``: what to do instead."""
+    command = shlex.join(["moedist", "train", *overrides])
+    return ConfigError(
+        "--multirun", True, "is not offered: one command makes one run", f"Run once for each value: {command}"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains; returns the exit code."""
+    if args.multirun:
+        raise refuse_multirun(args.overrides)
+    from moedist.launch.compose import compose, compose_yaml
+
+    if args.cfg:
+        from omegaconf import OmegaConf
+
+        job = compose_yaml(args.overrides)
+        print(json.dumps(OmegaConf.to_container(job)) if args.json else OmegaConf.to_yaml(job), end="")
+        return 0
+
+    from moedist.launch.folder import choose_folder, claim_folder
+    from moedist.launch.start import plan_ranks, run_ranks
+    from moedist.launch.validate import validate
+
+    composed = compose(args.overrides)
+    config = composed.config
+    ranks = plan_ranks(config.launch, config.mesh.device)
+    source = validate(config, composed.mapping, ranks.world_size)
+    if args.dry_run:
+        plan = describe_plan(composed, ranks, choose_folder(config.run))
+        print(json.dumps(plan) if args.json else "\n".join(f"{key:<12} {value}" for key, value in plan.items()))
+        return 0
+    del source  # the ranks open it themselves
+    terminal = sys.stderr if args.json else None
+    if ranks.nnodes > 1:
+        run_dir = shared_folder(config.run.dir)
+        status = run_ranks(ranks, config.launch, run_dir, ["moedist.train", *args.overrides], terminal=terminal)
+    else:
+        claim = claim_folder(config.run, composed.mapping)
+        run_dir = claim.path
+        for line in claim.changes:
+            print(f"moedist train: changed since the earlier start: {line}", file=sys.stderr)
+        try:
+            target = ["moedist.train", str(run_dir / "config.yaml")]
+            status = run_ranks(ranks, config.launch, run_dir, target, lock=claim.lock, terminal=terminal)
+        finally:
+            claim.release()
+    report(status, run_dir, as_json=args.json, command="train")
+    return status.exit_code
+
+
+def shared_folder(folder: str | None) -> Path:
+    """The folder of a run on several nodes, which all of them must name.
+
+    Raises:
+        ConfigError: it is not named.
+    """
+    if folder is None:
+        raise ConfigError(
+            "run.dir", None, "names no folder that several nodes share", "Set run.dir, the same on every node."
+        )
+    return Path(folder).expanduser().absolute()
+
+
+def describe_plan(composed: Composed, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
+    """What a run would be, by name."""
+    config = composed.config
+    accumulation = config.train.accumulation(ranks.world_size)
+    micro_step = ranks.world_size * config.train.micro_batch * config.train.sequence_length
+    return {
+        "name": config.run.name,
+        "folder": str(run_dir),
+        "ranks": ranks.world_size,
+        "nodes": ranks.nnodes,
+        "threads": ranks.threads,
+        "ep": config.mesh.ep,
+        "edp": ranks.world_size // config.mesh.ep,
+        "steps": config.train.steps,
+        "accumulation": accumulation,
+        "tokens_step": accumulation * micro_step,
+        "resume": config.run.resume,
+    }
+
+
+def report(status: Status, run_dir: Path, *, as_json: bool, command: str) -> None:
+    """Says how the ranks ended: for a script as JSON, for people what failed, where to look and what to do."""
+    import dataclasses
+
+    from moedist.launch.start import LAUNCHER_LOG, rank_log, tail
+
+    if as_json:
+        print(json.dumps({"run_dir": str(run_dir), **dataclasses.asdict(status)}))
+    if status.exit_code == 0:
+        return
+    log = run_dir / "logs" / LAUNCHER_LOG if status.rank is None else rank_log(run_dir, status.rank)
+    say = [f"moedist {command}: ended with {status.reason}: {status.message}"]
+    if status.reason not in ("preempted", "config"):
+        say += [f"  the end of {log}:", *(f"    {line}" for line in tail(log))]
+    if status.last_good_checkpoint is not None:
+        say.append(f"  last good checkpoint: {status.last_good_checkpoint}")
+    if status.what_to_do:
+        say.append(f"  what to do: {status.what_to_do}")
+    print("\n".join(say), file=sys.stderr)

@@ -1,0 +1,70 @@
+"""What can be known to be wrong before a rank starts: the parts of a configuration against each other and the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moedist.config import ConfigError, ConfigErrors
+from moedist.data.check import check_data, open_data
+from moedist.data.contract import Source
+from moedist.launch.folder import check_folder
+from moedist.train.config import RunConfig
+
+
+def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> Source:
+    """Checks a configuration for a run on ``world_size`` ranks; changes nothing on disk.
+
+    Each config has checked itself when it was decoded; here they meet: mesh and world, experts and mesh, batch and
+    world, data and batch, model and data, folder and what lies in it.
+
+    Args:
+        config: decoded.
+        mapping: the same as plain mappings (`Composed.mapping`), to compare with a run that is resumed.
+        world_size: all ranks.
+
+    Returns:
+        the opened corpus.
+
+    Raises:
+        ConfigErrors: all that is wrong, at once.
+    """
+    errors = check_folder(config.run, mapping)
+    errors += _check("mesh", config.mesh.check_world, world_size)
+    errors += _check("moe", config.moe.check_spread, config.mesh.ep)
+    accumulation: list[int] = []
+    errors += _check("train", lambda: accumulation.append(config.train.accumulation(world_size)))
+    sources: list[Source] = []
+    errors += _check("", lambda: sources.append(open_data(config.data)))
+    if sources and accumulation:
+        errors += _check("", _check_length, config, sources[0], accumulation[0] * world_size)
+    if sources:
+        errors += _check("model", config.model.build, sources[0].vocab_size, config.moe, device="meta")
+    if errors:
+        raise ConfigErrors(errors)
+    return sources[0]
+
+
+def _check_length(config: RunConfig, source: Source, micro_batches: int) -> None:
+    check_data(
+        config.data,
+        source,
+        sequence_length=config.train.sequence_length,
+        global_samples=micro_batches * config.train.micro_batch,
+        evaluates=config.train.eval_every is not None,
+    )
+
+
+def _check(prefix: str, function: Callable[..., object], *args: object, **kwargs: object) -> list[ConfigError]:
+    """What ``function`` refuses, its keys below ``prefix`` unless they are there already."""
+    try:
+        function(*args, **kwargs)
+    except ConfigErrors as errors:
+        return [_under(prefix, error) for error in errors.errors]
+    except ConfigError as error:
+        return [_under(prefix, error)]
+    return []
+
+
+def _under(prefix: str, error: ConfigError) -> ConfigError:
+    return error if error.key.startswith(f"{prefix}.") else error.under(prefix)

@@ -1,0 +1,137 @@
+"""One rank: ``python -m moedist.train`` as torchrun starts it. Stands on the floor of `moedist.cli`.
+
+Three ways in:
+
+- ``<run>/config.yaml`` (what `moedist train` starts): the folder is there and this process reads its configuration;
+- ``key=value ...`` below torchrun: global rank 0 composes, checks and makes the folder, the others get it from there;
+- ``key=value ...`` without torchrun: the same as ``moedist train key=value ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from moedist.cli.main import main as run_command
+from moedist.cli.main import refuse
+from moedist.cli.train import refuse_multirun
+from moedist.config import ConfigError
+
+MEETING_S = 600.0
+"""Seconds that ranks wait for rank 0's configuration: it may read much data first."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs this rank; returns its exit code."""
+    if "LOCAL_RANK" not in os.environ:
+        return run_command(["train", *argv])
+    from moedist.launch.process import die_with_parent
+
+    die_with_parent()
+    if any(argument in ("-m", "--multirun") for argument in argv):
+        if int(os.environ["RANK"]) == 0:
+            refuse("train", refuse_multirun([argument for argument in argv if not argument.startswith("-")]))
+        return 2
+    if argv and argv[0].endswith(".yaml") and "=" not in argv[0]:
+        return run_saved(argv)
+    return run_composed(argv)
+
+
+def run_saved(argv: Sequence[str]) -> int:
+    """Runs the configuration of a folder that the parent made."""
+    parser = argparse.ArgumentParser(prog="moedist.train")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--eval", type=Path, help="measure this checkpoint instead of training")
+    args = parser.parse_args(argv)
+    run_dir = args.config.parent.absolute()
+    terminal = _redirect(run_dir)
+    from moedist.launch.saved import decode_saved, read_mapping
+
+    try:
+        config = decode_saved(read_mapping(args.config))
+    except ConfigError as error:
+        return _end_refused(run_dir, error)
+    return _run(config, run_dir, terminal, checkpoint=args.eval)
+
+
+def run_composed(overrides: Sequence[str]) -> int:
+    """Runs what the command line says: rank 0 decides, all hear of it, and all end alike where it cannot be."""
+    import torch
+    import torch.distributed as dist
+
+    from moedist.launch.saved import decode_saved
+    from moedist.mesh import Axis, close_mesh
+    from moedist.mesh.collectives import broadcast_json
+
+    # Both backends: join_mesh adopts this group, and which device the ranks use is not known yet.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=MEETING_S))
+    try:
+        everyone = Axis("dp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD.group_name)
+        decision = _decide(overrides, everyone.size) if everyone.rank == 0 else None
+        decision = broadcast_json(decision, everyone, torch.device("cpu"))
+        if "exit_code" in decision:
+            return int(decision["exit_code"])
+        run_dir = Path(decision["run_dir"])
+        return _run(decode_saved(decision["mapping"]), run_dir, _redirect(run_dir))
+    finally:
+        close_mesh()
+
+
+def _decide(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
+    """Rank 0's part: the run's folder and configuration, or the exit code that all ranks leave with."""
+    from moedist.launch.compose import compose
+    from moedist.launch.folder import claim_folder
+    from moedist.launch.validate import validate
+
+    try:
+        composed = compose(overrides)
+        validate(composed.config, composed.mapping, world_size)
+        claim = claim_folder(composed.config.run, composed.mapping)  # locked until this process ends
+    except ConfigError as error:
+        return {"exit_code": refuse("train", error)}
+    except BaseException:
+        traceback.print_exc()
+        return {"exit_code": 1}  # the others must not wait for a configuration that never comes
+    return {"mapping": composed.mapping, "run_dir": str(claim.path)}
+
+
+def _run(config: Any, run_dir: Path, terminal: TextIO | None, checkpoint: Path | None = None) -> int:
+    from moedist.mesh import close_mesh, join_mesh
+    from moedist.train.run import eval_rank, run_rank
+
+    try:
+        mesh = join_mesh(config.mesh)
+        if checkpoint is not None:
+            return eval_rank(config, run_dir, mesh, checkpoint, terminal)
+        return run_rank(config, run_dir, mesh, terminal)
+    except ConfigError as error:
+        return _end_refused(run_dir, error)
+    finally:
+        close_mesh()
+
+
+def _redirect(run_dir: Path) -> TextIO | None:
+    from moedist.train.rank_log import redirect_output
+
+    return redirect_output(run_dir, int(os.environ["RANK"]))
+
+
+def _end_refused(run_dir: Path, error: ConfigError) -> int:
+    """Notes a configuration that only a rank could find wrong."""
+    from moedist.train.status import write_status
+
+    exit_code = refuse("train", error)
+    if int(os.environ["RANK"]) == 0:
+        write_status(run_dir, "config", str(error), exit_code=exit_code, what_to_do=error.remedy)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

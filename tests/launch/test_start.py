@@ -1,0 +1,238 @@
+"""Real torchrun, real processes, ranks without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moedist.launch.process import LAUNCH_ID
+from moedist.launch.start import Failure, Ranks, conclude, first_failure, plan_ranks, run_ranks, torchrun_command
+from moedist.train.config import LaunchConfig
+from moedist.train.status import read_status, write_status
+
+ROOT = Path(__file__).parents[2]
+RANKS = Ranks(nproc=2, nnodes=1, threads=3)
+
+PARENT = """
+import sys
+from pathlib import Path
+from moedist.launch.start import Ranks, run_ranks
+from moedist.train.config import LaunchConfig
+status = run_ranks(Ranks(2, 1, 1), LaunchConfig(stop_after_s=float(sys.argv[3])), Path(sys.argv[2]),
+                   ["tests.launch.rank_stub", sys.argv[1], sys.argv[2]])
+sys.exit(status.exit_code)
+"""
+
+
+def run_stub(action: str, folder: Path, **options: object):
+    return run_ranks(RANKS, LaunchConfig(), folder, ["tests.launch.rank_stub", action, str(folder)], **options)
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes of the stub's launch that run: they have the run folder on their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in words and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+@dataclasses.dataclass
+class Parent:
+    """A launching parent and its run folder."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def ready(self) -> None:
+        wait_for(lambda: all((self.folder / f"ready_{rank}").exists() for rank in range(2)))
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Parent]]:
+    """One parent per case, all started at once, because each takes seconds to start."""
+    cases = {"saved": ("save", 25.0), "interrupted": ("stay", 25.0), "late": ("stay", 0.3), "orphaned": ("save", 25.0)}
+    started = {}
+    for name, (action, stop_after_s) in cases.items():
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, "-c", PARENT, action, str(folder), str(stop_after_s)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        started[name] = Parent(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True), folder)
+    yield started
+    for parent in started.values():
+        parent.process.kill()
+        parent.process.wait()
+        wait_for(lambda folder=parent.folder: not alive(folder))
+
+
+def test_ranks_that_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(ROOT)
+    status = run_stub("end", tmp_path)
+    assert (status.reason, status.exit_code) == ("done", 0)
+    assert read_status(tmp_path) == status
+    for rank in range(2):
+        said = (tmp_path / "logs" / f"rank_{rank}.log").read_text()
+        assert f"RANK={rank} WORLD_SIZE=2 OMP_NUM_THREADS=3 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
+        assert "MASTER_ADDR=127.0.0.1" in said
+    assert capfd.readouterr().out.strip() == "rank 0 speaks to the terminal"
+
+
+def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    checkpoint = make_checkpoint(tmp_path, 40)
+    status = run_stub("die", tmp_path)
+    assert (status.reason, status.exit_code, status.rank) == ("peer_lost", 5, 1)
+    assert "Rank 1 was ended by SIGKILL" in status.message
+    assert "run.resume=auto" in status.what_to_do
+    assert status.last_good_checkpoint == str(checkpoint)
+    assert not alive(tmp_path)
+
+
+def test_a_rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    status = run_stub("raise", tmp_path)
+    assert (status.reason, status.exit_code, status.rank) == ("bug", 5, 1)
+    assert "RuntimeError: rank 1 breaks on purpose" in status.message
+    assert "rank_1.log" in status.what_to_do
+
+
+def test_a_signal_saves_and_leaves(parents: dict[str, Parent]):
+    parent = parents["saved"]
+    parent.ready()
+    parent.process.send_signal(signal.SIGUSR1)
+    assert parent.process.wait(60) == 75
+    status = read_status(parent.folder)
+    assert status is not None and (status.reason, status.step) == ("preempted", 3)
+    assert not alive(parent.folder)
+
+
+def test_a_second_interrupt_kills(parents: dict[str, Parent]):
+    parent = parents["interrupted"]
+    parent.ready()
+    parent.process.send_signal(signal.SIGINT)
+    wait_for(lambda: b"SIGTERM" in (parent.folder / "logs" / "launcher.log").read_bytes())
+    parent.process.send_signal(signal.SIGINT)
+    assert parent.process.wait(60) == 5
+    status = read_status(parent.folder)
+    assert status is not None and "second interrupt" in status.message
+    assert not alive(parent.folder)
+
+
+def test_ranks_that_do_not_leave_are_killed(parents: dict[str, Parent]):
+    parent = parents["late"]
+    parent.ready()
+    parent.process.send_signal(signal.SIGTERM)
+    assert parent.process.wait(60) == 5
+    status = read_status(parent.folder)
+    assert status is not None and "launch.stop_after_s = 0.3 s" in status.message
+    assert not alive(parent.folder)
+
+
+def test_no_orphans_when_the_parent_is_killed(parents: dict[str, Parent]):
+    parent = parents["orphaned"]
+    parent.ready()
+    assert len(alive(parent.folder)) == 4  # parent, torchrun, two ranks
+    parent.process.kill()
+    parent.process.wait()
+    wait_for(lambda: not alive(parent.folder))
+    status = read_status(parent.folder)
+    assert status is not None and status.reason == "preempted", "the ranks were not asked to save"
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    from moedist.train.checkpoint.manifest import FileSeal, Manifest, folder_name, write_manifest
+
+    path = folder / "checkpoints" / folder_name(step)
+    path.mkdir(parents=True)
+    (path / "shard").write_bytes(b"weights")
+    write_manifest(path, Manifest(step, 2, {"shard": FileSeal.of(path / "shard")}, {}))
+    return path
+
+
+REPORT = """
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-23_14:00:00
+  host      : node
+  rank      : 12 (local_rank: 4)
+  exitcode  : {code} (pid: 99)
+  error_file: <N/A>
+"""
+
+
+def test_first_failure_is_the_root_cause():
+    others = "Failures:\n[1]:\n  rank      : 3 (local_rank: 3)\n  exitcode  : 1 (pid: 7)\n"
+    assert first_failure(others + REPORT.format(code=-9)) == Failure(12, -9)
+    assert Failure(12, -9).signal_name == "SIGKILL"
+    assert first_failure("nothing of the kind") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "exit_code", "words"),
+    [
+        ("OSError: [Errno 98] Address already in use", "io", 4, "launch.rendezvous = 'node:29400' is taken"),
+        ("torch.distributed.elastic.rendezvous.api.RendezvousTimeoutError: gone", "io", 4, "did not meet"),
+        ("ModuleNotFoundError: No module named 'torch.distributed'", "bug", 5, "No module named"),
+    ],
+)
+def test_launchers_that_fail(tmp_path: Path, said: str, reason: str, exit_code: int, words: str):
+    launch = LaunchConfig(nnodes=2, rendezvous="node:29400")
+    status = conclude(tmp_path, 1, said, "none", launch)
+    assert (status.reason, status.exit_code) == (reason, exit_code)
+    assert words in status.message
+    assert status.what_to_do
+
+
+def test_what_ranks_said_is_kept_except_who_was_killed(tmp_path: Path):
+    write_status(tmp_path, "nonfinite", "A NaN in layer 3.", rank=2, step=7)
+    assert conclude(tmp_path, 1, REPORT.format(code=5), "none", LaunchConfig()).message == "A NaN in layer 3."
+    write_status(tmp_path, "peer_lost", "Rank 0 lost a peer.", rank=0, step=7)
+    status = conclude(tmp_path, 1, REPORT.format(code=-9), "none", LaunchConfig())
+    assert (status.reason, status.rank, status.step) == ("peer_lost", 12, 7)
+    write_status(tmp_path, "done", "All steps done.")
+    status = conclude(tmp_path, 1, REPORT.format(code=1), "none", LaunchConfig())
+    assert (status.reason, status.exit_code) == ("bug", 5)
+    assert "after the run was done" in status.message
+
+
+def test_stopped_before_the_first_step(tmp_path: Path):
+    status = conclude(tmp_path, 1, REPORT.format(code=-15), "asked", LaunchConfig())
+    assert (status.reason, status.exit_code) == ("preempted", 75)
+
+
+def test_torchrun_command():
+    one = torchrun_command(RANKS, LaunchConfig(max_restarts=2), Path("/run"), ["m", "x=1"])
+    assert one[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert {"--nnodes=1", "--nproc-per-node=2", "--max-restarts=2", "--rdzv-endpoint=127.0.0.1:0"} <= set(one)
+    assert one[-3:] == ["-m", "m", "x=1"]
+    many = LaunchConfig(nnodes=3, rendezvous="node:29400")
+    commands = [torchrun_command(Ranks(8, 3, 1), many, Path("/run"), ["m"]) for _ in range(2)]
+    assert commands[0] == commands[1], "nodes of one run must agree on the rendezvous"
+    assert "--rdzv-endpoint=node:29400" in commands[0]
+
+
+def test_plan_ranks():
+    cores = len(os.sched_getaffinity(0))
+    assert plan_ranks(LaunchConfig(nproc=1), "cpu") == Ranks(1, 1, cores)
+    assert plan_ranks(LaunchConfig(nproc=10 * cores), "cpu").threads == 1
+    assert plan_ranks(LaunchConfig(), "cpu").nproc == min(4, cores)
+    assert LAUNCH_ID not in os.environ
