@@ -100,7 +100,7 @@ class CheckpointStore:
         """Writes a checkpoint and makes it the newest; older ones beyond ``keep`` are removed.
 
         Everything goes to a hidden folder that gets its name by one rename. At every moment the checkpoints before it
-        are whole. One of the same step is replaced by two renames; a crash between them is mended by the next `prepare`.
+        are whole. One of the same step is replaced by two renames; the next `prepare` mends a crash between them.
 
         Args:
             step: optimizer steps taken.
