@@ -99,7 +99,7 @@ class WandbSink:
             self._queue.put(None, timeout=CLOSE_S)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"did not finish within {CLOSE_S:.0f} s; to upload what is missing: {self._sync_command()}")
+            self._warn(f"did not finish within {CLOSE_S:.0f} s: {self._upload_later()}")
 
     def _work(self) -> None:
         try:
@@ -121,9 +121,12 @@ class WandbSink:
                 self._last_step.write(step_of(record))
             except Exception as error:
                 self._warn(f"misses rows: {_first_line(error)}")
-        tracker.finish(exit_code=self._exit_code)
+        try:
+            tracker.finish(exit_code=self._exit_code)
+        except Exception as error:  # the server, or wandb's own process, went away
+            self._warn(f"did not get everything: {_first_line(error)}. {self._upload_later()}")
         if tracker.offline:
-            self._say(f"W&B: to upload this run: {self._sync_command()}")
+            self._say(f"W&B: {self._upload_later()}")
 
     def _start(self) -> Any:
         """The tracker's run, or None where it is disabled."""
@@ -154,7 +157,8 @@ class WandbSink:
             silent=True,
             init_timeout=INIT_S,
             login_timeout=INIT_S,
-            finish_timeout=CLOSE_S - 2,
+            finish_timeout=0.8 * CLOSE_S,
+            finish_timeout_raises=True,
             x_transaction_log_flush_interval=1.0,  # what a killed machine may lose
         )
         return wandb.init(
@@ -175,15 +179,15 @@ class WandbSink:
         while self._queue.get() is not None:
             pass
 
-    def _sync_command(self) -> str:
-        return f"wandb sync {self._run.directory / 'wandb'}/*run-*"  # a resumed run has several
+    def _upload_later(self) -> str:
+        return f"to upload what is not there: wandb sync {self._run.directory / 'wandb'}/*run-*"
 
     def _warn(self, what: str) -> None:
         """Each kind of trouble once."""
         kind = what.partition(":")[0]
         if kind not in self._warned:
             self._warned.add(kind)
-            self._say(f"Warning: W&B {what}. The run goes on.")
+            self._say(f"Warning: W&B {what}")
 
 
 class Rows:
@@ -304,14 +308,15 @@ def probe(base_url: str) -> str:
     def ask() -> None:
         nonlocal trouble
         try:
-            with urllib.request.urlopen(request, timeout=PROBE_S):
+            with urllib.request.urlopen(request, timeout=2 * PROBE_S):
                 trouble = ""
         except urllib.error.HTTPError as error:  # an answer all the same, unless the server is broken
             trouble = f"{host} answers with error {error.code}" if error.code >= 500 else ""
         except (OSError, http.client.HTTPException) as error:
             trouble = f"{host} cannot be reached: {_first_line(getattr(error, 'reason', error))}"
 
-    thread = threading.Thread(target=ask, daemon=True)  # name look-up knows no time-out
+    # A thread bounds all of it: name look-up knows no time-out, and the socket's own is per packet.
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_S)
     return trouble

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import http.server
 import json
 import socket
@@ -70,7 +71,7 @@ def log_steps(run_info, *records, config: WandbConfig | None = None, status: str
 def stored(run_info) -> list[dict]:
     """All records of all offline files of a run, read by wandb's own reader."""
     found = []
-    for path in sorted(run_info.directory.glob("wandb/offline-run-*/*.wandb")):
+    for path in sorted(run_info.directory.glob("wandb/*run-*/*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found += [json.loads(line) for line in lines.splitlines()]
@@ -85,7 +86,7 @@ def test_an_offline_file_holds_the_documented_keys_with_their_values(run_info):
     config = WandbConfig(project="p", group="g", tags=("a", "b"))
     said = log_steps(run_info, record(10), record(20, float("nan")) | {"eval/loss": 2.25}, config=config)
     assert said[0] == "W&B: offline (no API key: set WANDB_API_KEY or run wandb login)"
-    assert said[1] == f"W&B: to upload this run: wandb sync {run_info.directory}/wandb/*run-*"
+    assert said[1] == f"W&B: to upload what is not there: wandb sync {run_info.directory}/wandb/*run-*"
     records = stored(run_info)
     first, second = history(records)
     flat = {key: value for key, value in record(10).items() if not isinstance(value, list)}
@@ -169,12 +170,18 @@ class Server:
             self.close = self.socket.close
             self.port = self.socket.getsockname()[1]
         else:
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            self.close = lambda: (server.shutdown(), server.server_close())
-            self.port = server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
+            self.serve(Handler)
+
+    def serve(self, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.close = lambda: (server.shutdown(), server.server_close())
+        self.port = server.server_port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
 
 @pytest.fixture
@@ -256,6 +263,80 @@ def test_a_server_that_does_not_play_along_means_offline_with_every_row(serve, m
     assert [row["train/step"] for row in history(stored(run_info))] == [10, 20]
 
 
+class FakeWandb(Server):
+    """Just enough of W&B for an online run; ``alive = False`` makes every answer an error."""
+
+    def __init__(self):
+        self.alive, self.bodies, self.started = True, [], threading.Event()
+        fake = self
+        bucket = {"id": "x", "name": "abcd1234", "project": {"name": "p", "entity": {"name": "me"}}, "config": "{}"}
+        answers = {
+            "upsertBucket": {"bucket": bucket, "inserted": True},
+            "createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []},
+            "serverInfo": {"features": []},
+            "viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
+        }
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                fake.bodies.append(body.decode())
+                data = next(({name: answer} for name, answer in answers.items() if name in fake.bodies[-1]), {})
+                self.send_response(200 if fake.alive else 500)
+                self.end_headers()
+                self.wfile.write(json.dumps({"data": data}).encode())
+                if "file_stream" in self.path:
+                    fake.started.set()
+
+            do_GET = do_PUT = do_POST
+
+            def log_message(self, *args):
+                pass
+
+        self.serve(Handler)
+
+    def sent_steps(self) -> list[int]:
+        """The steps of all history rows that came over the wire."""
+        found = []
+        for body in self.bodies:
+            files = json.loads(body).get("files", {}) if body.startswith('{"') else {}
+            found += [json.loads(row)["train/step"] for row in files.get("wandb-history.jsonl", {}).get("content", ())]
+        return found
+
+
+@pytest.fixture
+def wandb_server(monkeypatch):
+    server = FakeWandb()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield server
+    server.close()
+
+
+def test_an_online_run_sends_its_rows_and_no_secret(run_info, wandb_server, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moedist", "token=canary-argument"])
+    monkeypatch.setenv("SOME_TOKEN", "canary-variable")
+    (line,) = log_steps(run_info, record(10), record(20))
+    assert line.startswith(f"W&B: online, {wandb_server.url}/me/p/runs/abcd1234")
+    assert wandb_server.sent_steps() == [10, 20]
+    assert not [body for body in wandb_server.bodies if "canary" in body or socket.gethostname() in body.split('"')]
+
+
+def test_a_server_that_dies_costs_nothing_but_the_upload(run_info, wandb_server, monkeypatch):
+    monkeypatch.setattr(sink_module, "CLOSE_S", 2.0)
+    said: list[str] = []
+    sink = WandbConfig().open(run_info, said.append)
+    sink.write(record(10))
+    assert wandb_server.started.wait(60)
+    wandb_server.alive = False
+    sink.write(record(20))
+    sink.close("done")
+    assert "online" in said[0] and "to upload what is not there: wandb sync" in said[1] and len(said) == 2
+    assert [row["train/step"] for row in history(stored(run_info))] == [10, 20]
+
+
 def test_disabled_makes_nothing(run_info):
     assert log_steps(run_info, record(10), config=WandbConfig(mode="disabled")) == []
     assert list(run_info.directory.iterdir()) == []
@@ -264,7 +345,7 @@ def test_disabled_makes_nothing(run_info):
 def test_a_missing_library_is_one_line(run_info, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     (line,) = log_steps(run_info, record(10), record(20))
-    assert line.startswith("Warning: W&B is off: ") and line.endswith("The run goes on.")
+    assert line.startswith("Warning: W&B is off: ") and "wandb" in line
 
 
 def test_a_stuck_tracker_costs_rows_and_never_the_run(run_info, monkeypatch):
