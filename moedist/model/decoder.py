@@ -18,7 +18,7 @@ from moedist.model.ffn.dense import DenseConfig
 from moedist.model.init import init_weights
 from moedist.model.layers.contract import LayersConfig, LayerSpec
 from moedist.model.layers.interleaved import InterleavedConfig
-from moedist.model.linear import EMBEDDING_STD, Embedding, Linear
+from moedist.model.linear import Embedding, Linear
 from moedist.model.norm.contract import NormConfig
 from moedist.model.norm.rmsnorm import RMSNormConfig
 from moedist.moe.context import TokenContext
@@ -90,7 +90,7 @@ class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + ffn(norm(x))``.
 
     Both write into the residual stream 2L times in all, so their output projections start smaller by ``(2L) ** -0.5``
-    (GPT-2, section 2.3).
+    (GPT-2, section 2.3). Experts start as they say themselves.
     """
 
     def __init__(
@@ -140,11 +140,7 @@ class Decoder(LanguageModel):
         self.moe_blocks = tuple(index for index, block in enumerate(blocks) if block.ffn.has_report)
         self.blocks = nn.ModuleList(blocks)
         self.norm = config.norm.build(config.dim, device=device, dtype=dtype)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else Linear(config.dim, vocab_size, std=EMBEDDING_STD, device=device, dtype=dtype)
-        )
+        self.head = None if config.tie_embeddings else Linear(config.dim, vocab_size, device=device, dtype=dtype)
         self.looked_up = () if self.head is None else ("embedding.weight",)
 
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:

@@ -23,8 +23,8 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
     The values do not depend on the order of building, the device or, up to rounding, the dtype, so a model built on
     the meta device and given storage by ``to_empty`` equals one that was built in place. Matrices start normal with
-    ``fan_in ** -0.5``, those that write into the residual stream with ``(2 * num_layers) ** -0.5`` of that, embedding
-    and head with 0.02, norms at one, biases at zero; routers and experts as their own modules say.
+    ``fan_in ** -0.5``, those that write into the residual stream with ``(2 * num_layers) ** -0.5`` of that, the
+    embedding with ``dim ** -0.5``, norms at one, biases at zero; routers and experts as their own modules say.
 
     Raises:
         TypeError: a module with parameters of its own has no ``init_weights(draw)``.

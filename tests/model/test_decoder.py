@@ -172,7 +172,7 @@ def test_moe_layers_learn_who_and_when(monkeypatch):
 def test_first_loss_is_that_of_a_guess():
     model, batch = DecoderConfig().build(256, MoEConfig()), batch_of([64], length=64)
     loss = token_loss(run(model, batch), batch.target_BS) / batch.num_targets()
-    assert abs(loss.item() - math.log(256)) < 0.2
+    assert 0 < loss.item() - math.log(256) < 1  # logits start with variance 1, which costs about half a nat
 
 
 def test_learns_a_sequence_by_heart():
