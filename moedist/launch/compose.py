@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
@@ -92,7 +92,53 @@ def compose(overrides: Sequence[str] = ()) -> Composed:
     Raises:
         ConfigErrors: everything that is wrong with the overrides or with the values.
     """
-    composed = compose_yaml(overrides)
+    return _settle(compose_yaml(overrides))
+
+
+def compose_onto(saved: Mapping[str, Any], overrides: Sequence[str] = ()) -> Composed:
+    """A saved configuration with overrides: values by their keys, choices by their groups.
+
+    Args:
+        saved: plain mappings, as `Composed.mapping`.
+        overrides: as on the command line; recipes (``experiment=``) are none of a saved configuration.
+
+    Raises:
+        ConfigErrors: everything that is wrong with the overrides or with the values.
+    """
+    parsed = _parse(overrides)
+    plugins = list(dict.fromkeys([*saved.get("plugins", ()), *_plugins(parsed)]))
+    check_plugins(plugins)
+    groups = {group.name: group.key for group in find_groups(plugins=plugins)}
+    chosen = [override for override in parsed if override.key_or_group in groups]
+    composed = OmegaConf.create(dict(saved))
+    composed.plugins = plugins
+    OmegaConf.set_struct(composed, True)
+    if chosen:
+        lines = [str(override.input_line) for override in chosen]
+        fresh = compose_yaml(["experiment=null", f"plugins=[{','.join(plugins)}]", *lines])
+        for override in chosen:
+            key = groups[override.key_or_group]
+            OmegaConf.update(composed, key, OmegaConf.select(fresh, key), merge=False, force_add=True)
+    errors = []
+    for override in parsed:
+        if override in chosen or override.key_or_group == "plugins":
+            continue
+        error = None if override.is_add() else _unknown_key(composed, override)
+        if error is not None:
+            errors.append(error)
+        elif override.is_delete():
+            parent, _, name = override.key_or_group.rpartition(".")
+            with open_dict(composed):
+                del OmegaConf.select(composed, parent or "")[name]
+        else:
+            OmegaConf.update(composed, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
+    if errors:
+        raise ConfigErrors(errors)
+    return _settle(composed)
+
+
+def _settle(composed: DictConfig) -> Composed:
+    """Resolves and decodes what was composed."""
     try:
         resolved = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
         mapping = typing.cast("dict[str, Any]", _without_secrets(composed, resolved))
@@ -126,10 +172,10 @@ def compose_yaml(overrides: Sequence[str] = ()) -> DictConfig:
         fixed.append(f"plugins=[{','.join(plugins)}]")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_folder()), job_name="moedist", version_base="1.3"):
-        _check_names(parsed, fixed)
         try:
             return hydra.compose(ROOT, overrides=fixed)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
+            _check_names(parsed, fixed)
             raise ConfigErrors([_hydra_error(error)]) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moedist.config import ConfigError, ConfigErrors
+from moedist.config import ConfigError, ConfigErrors, require
 from moedist.data.check import check_data, open_data
 from moedist.data.contract import Source
 from moedist.launch.folder import check_folder
@@ -43,6 +43,31 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
     if errors:
         raise ConfigErrors(errors)
     return sources[0]
+
+
+def validate_evaluation(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> None:
+    """Checks a configuration for measuring a checkpoint on ``world_size`` ranks.
+
+    Raises:
+        ConfigErrors: all that is wrong, at once.
+    """
+    errors = check_folder(config.run, mapping)
+    errors += _check("mesh", config.mesh.check_world, world_size)
+    errors += _check("moe", config.moe.check_spread, config.mesh.ep)
+    errors += _check("", _check_held_out, config)
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def _check_held_out(config: RunConfig) -> None:
+    held_out = open_data(config.data).documents("valid").num_tokens
+    require(
+        held_out >= 2,
+        "data",
+        config.data.kind,
+        f"holds out {held_out} tokens, and an evaluation needs at least 2",
+        "Set data.valid_files or data.holdout_every, or measure on other data.",
+    )
 
 
 def _check_length(config: RunConfig, source: Source, micro_batches: int) -> None:
