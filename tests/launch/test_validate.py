@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moedist.config import ConfigErrors
+from moedist.launch.compose import compose
+from moedist.launch.validate import validate, validate_evaluation
+
+SMALL = ["experiment=null", "train.sequence_length=16", "train.micro_batch=2"]
+SYNTHETIC = ["data=synthetic", "data.num_tokens=5000"]
+
+
+def errors_of(*overrides: str, world_size: int = 4, check=validate) -> dict[str, str]:
+    source = [] if any(override.startswith("data=") for override in overrides) else SYNTHETIC
+    composed = compose([*SMALL, *source, *overrides])
+    with pytest.raises(ConfigErrors) as caught:
+        check(composed.config, composed.mapping, world_size)
+    return {error.key: str(error) for error in caught.value.errors}
+
+
+def test_what_fits_gives_the_opened_corpus(tmp_path: Path):
+    composed = compose([*SMALL, *SYNTHETIC, "mesh.ep=2", f"run.dir={tmp_path / 'run'}", "train.global_batch_tokens=256"])
+    assert validate(composed.config, composed.mapping, 4).vocab_size == 1024
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_does_not_fit_is_said_at_once():
+    errors = errors_of("mesh.ep=3", "train.global_batch_tokens=300", "run.resume=auto")
+    assert set(errors) == {"mesh.ep", "moe.num_experts", "train.global_batch_tokens", "run.resume"}
+    assert "mesh.ep = 3 does not divide the 4 ranks launched. Set mesh.ep to 1, 2 or 4" in errors["mesh.ep"]
+    assert "Set train.global_batch_tokens to 256 or 384." in errors["train.global_batch_tokens"]
+
+
+def test_experts_and_ranks_that_do_not_fit():
+    errors = errors_of("moe.num_experts=6", "mesh.ep=4")
+    assert "moe.num_experts = 6 cannot be cut into 4 equal parts" in errors["moe.num_experts"]
+    assert "moe.bank" in str(errors_of("moe/bank=local", "mesh.ep=2"))
+
+
+def test_data_that_is_missing_or_short(tmp_path: Path):
+    assert "data.files" in errors_of("data=text", f"data.files={tmp_path / 'gone.txt'}")
+    assert "data.files" in errors_of("data=text")
+    assert "train.sequence_length" in errors_of("train.sequence_length=8000")
+    assert "train.global_batch_tokens" in errors_of("train.micro_batch=200")
+
+
+def test_evaluations_need_held_out_tokens(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("some words " * 40)
+    overrides = ["data=text", f"data.files={tmp_path / 'text.txt'}", "data.holdout_every=null", "mesh.ep=3"]
+    errors = errors_of(*overrides, check=validate_evaluation)
+    assert set(errors) == {"data", "mesh.ep", "moe.num_experts"}
+    assert "holds out 0 tokens" in errors["data"]
