@@ -13,11 +13,13 @@ import netrc
 import os
 import queue
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -70,14 +72,14 @@ class WandbSink:
     """Sends records in the background, `QUEUE_SIZE` of them at most waiting.
 
     ``train/step`` is the axis of everything; W&B's own step is never set, so that rows after a resume from an older
-    step are kept. Steps that an earlier process of the same run already sent are not sent again: the last one lies in
-    ``<run>/wandb/last_step.json``.
+    step are kept. Steps that an earlier process of the same run already sent are not sent again: the files below
+    ``<run>/wandb`` and, online, the server tell which.
     """
 
     def __init__(self, config: WandbConfig, run: RunInfo, say: Callable[[str], None]):
         self._config, self._run, self._say = config, run, say
         self._queue: queue.Queue[Mapping[str, Value] | None] = queue.Queue(QUEUE_SIZE)
-        self._last_step = LastStep(run.directory / "wandb" / "last_step.json", run.run_id)
+        self._folder = run.directory / "wandb"
         self._exit_code = 0
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -102,23 +104,25 @@ class WandbSink:
             self._warn(f"did not finish within {CLOSE_S:.0f} s: {self._upload_later()}")
 
     def _work(self) -> None:
+        earlier = list(self._folder.glob(f"*run-*-{self._run.run_id}"))
         try:
             tracker = self._start()
             if tracker is None:
                 self._drain()
                 return
+            # What was on its way to the server counts where the server says that it came.
+            held = stored_steps(run for run in earlier if tracker.offline or run.name.startswith("offline-"))
+            last_online = _last_step_online(tracker)
         except Exception as error:
             self._warn(f"is off: {_first_line(error)}")
             self._drain()
             return
         rows = Rows(self._run.max_expert_keys, self._say)
-        held = max(self._last_step.read(), _held_online(tracker))
         while (record := self._queue.get()) is not None:
-            if step_of(record) <= held:
+            if step_of(record) in held or step_of(record) <= last_online:
                 continue
             try:
                 tracker.log(rows.of(record))
-                self._last_step.write(step_of(record))
             except Exception as error:
                 self._warn(f"misses rows: {_first_line(error)}")
         try:
@@ -159,7 +163,7 @@ class WandbSink:
             login_timeout=INIT_S,
             finish_timeout=0.8 * CLOSE_S,
             finish_timeout_raises=True,
-            x_transaction_log_flush_interval=1.0,  # what a killed machine may lose
+            x_transaction_log_flush_interval=0.1,  # seconds; what a kill may cost
         )
         return wandb.init(
             dir=self._run.directory,
@@ -180,7 +184,7 @@ class WandbSink:
             pass
 
     def _upload_later(self) -> str:
-        return f"to upload what is not there: wandb sync {self._run.directory / 'wandb'}/*run-*"
+        return f"to upload what is not there: wandb sync {self._folder}/*run-*"
 
     def _warn(self, what: str) -> None:
         """Each kind of trouble once."""
@@ -238,25 +242,20 @@ def expert_histogram(count_E: Sequence[int]) -> Any:
     return wandb.Histogram(np_histogram=(count_B, edges))
 
 
-@dataclasses.dataclass(frozen=True)
-class LastStep:
-    """The last step that W&B got, of one run, in a file that a kill leaves whole."""
+def stored_steps(runs: Iterable[Path]) -> set[int]:
+    """The steps in the ``.wandb`` files of run folders, read by wandb's own reader, also where a kill cut a file off.
 
-    path: Path
-    run_id: str
-
-    def read(self) -> int:
-        """0 where no process of this run has sent anything."""
-        try:
-            held = json.loads(self.path.read_text())
-            return int(held["step"]) if held["run_id"] == self.run_id else 0
-        except (OSError, ValueError, TypeError, KeyError):
-            return 0
-
-    def write(self, step: int) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"run_id": self.run_id, "step": step}))
-        new.replace(self.path)
+    What a process handed to wandb says less: wandb loses what it has not flushed when that process is killed.
+    """
+    steps = set()
+    for path in (path for run in runs for path in run.glob("*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+        for line in lines.splitlines():
+            row = json.loads(line).get("history", {}).get("item", {})
+            if "train/step" in row:
+                steps.add(row["train/step"])
+    return steps
 
 
 def decide_mode(wish: str) -> tuple[Literal["online", "offline", "disabled"], str]:
@@ -329,7 +328,7 @@ def _forget_runs() -> None:
     wandb.teardown()
 
 
-def _held_online(tracker: Any) -> int:
+def _last_step_online(tracker: Any) -> int:
     """The last step that the server already has of this run; 0 offline and for a new run."""
     step = tracker.summary.get("train/step", 0)
     return step if isinstance(step, int) else 0

@@ -16,7 +16,7 @@ import torch
 
 from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
 from moedist.log.sink import wandb as sink_module
-from moedist.log.sink.wandb import LastStep, Rows, WandbConfig, decide_mode, expert_histogram, has_key, probe
+from moedist.log.sink.wandb import Rows, WandbConfig, decide_mode, expert_histogram, has_key, probe, stored_steps
 
 KEY = "canary5f0cbd35e1a44b2c9e8d7f6a5b4c3d2e1f"
 
@@ -123,14 +123,16 @@ def test_a_resumed_run_goes_on_under_its_id_and_sends_no_step_twice(run_info):
     assert [each["exit"].get("exit_code", 0) for each in records if each["type"] == "exit"] == [1, 0]
 
 
-def test_the_last_step_is_of_one_run_and_a_broken_file_counts_as_none(tmp_path):
-    last = LastStep(tmp_path / "last_step.json", "abcd1234")
-    assert last.read() == 0
-    last.write(30)
-    assert last.read() == 30
-    assert LastStep(last.path, "other567").read() == 0
-    last.path.write_text("[")
-    assert last.read() == 0
+def test_steps_are_read_from_files_that_a_kill_cut_off(run_info):
+    log_steps(run_info, *map(record, (10, 20, 30)))
+    (path,) = run_info.directory.glob("wandb/*run-*/*.wandb")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"moe/layer_01")])  # in the middle of the last row
+    assert stored_steps([path.parent]) == {10, 20}
+    later = dataclasses.replace(run_info, resumed_step=10)
+    log_steps(later, *map(record, (20, 30)))
+    path.write_bytes(b"")
+    assert stored_steps(run_info.directory.glob("wandb/offline-run-*")) == {30}
 
 
 def test_no_secret_and_no_argument_is_in_any_file_of_the_run(run_info, monkeypatch):
