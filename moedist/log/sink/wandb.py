@@ -127,8 +127,9 @@ class WandbSink:
                 self._warn(f"misses rows: {_first_line(error)}")
         try:
             tracker.finish(exit_code=self._exit_code)
+            _end_service()  # finish returns before the file is whole
         except Exception as error:  # the server, or wandb's own process, went away
-            self._warn(f"did not get everything: {_first_line(error)}. {self._upload_later()}")
+            self._warn(f"did not get everything: {_first_line(error)}; {self._upload_later()}")
         if tracker.offline:
             self._say(f"W&B: {self._upload_later()}")
 
@@ -145,7 +146,7 @@ class WandbSink:
                 self._say(f"W&B: online, {tracker.url}")
             except Exception as error:  # a key that the server refuses, a server that goes away meanwhile
                 reason = _first_line(error)
-                _forget_runs()
+                _end_service()  # it holds the id of the run that failed to start
         if tracker is None:
             tracker = self._init("offline")
             self._say("W&B: offline" + (f" ({reason})" if reason else ""))
@@ -321,8 +322,8 @@ def probe(base_url: str) -> str:
     return trouble
 
 
-def _forget_runs() -> None:
-    """Ends wandb's service, which holds the id of a run that failed to start."""
+def _end_service() -> None:
+    """Waits for wandb's own process to write what it has and to end."""
     import wandb
 
     wandb.teardown()
