@@ -46,8 +46,9 @@ def spread(model: nn.Module, mesh: Mesh) -> GradientTable:
 def _shard(experts: nn.Module, mesh: Mesh) -> None:
     if mesh.device_mesh is None:
         return
+    ep = mesh.device_mesh["ep"]
     for name, value in list(experts.named_parameters(recurse=False)):
-        sharded = DTensor.from_local(value.detach(), mesh.device_mesh["ep"], [Shard(0)], run_check=False)
+        sharded = DTensor.from_local(value.detach(), ep, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(sharded, requires_grad=value.requires_grad))
 
 

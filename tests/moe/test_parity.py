@@ -1,0 +1,175 @@
+"""n ranks equal one device: every router x capacity group x policy x factor x dispatcher x experts, dropping on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from moedist.moe.balance.switch import SwitchConfig
+from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.padded import PaddedConfig
+from moedist.moe.dispatch.rows import Reorder
+from moedist.moe.experts.grouped import GroupedConfig
+from moedist.moe.experts.loop import LoopConfig
+from moedist.moe.layer import MoEConfig
+from moedist.moe.plan import CapacityConfig
+from moedist.moe.router.topk import TopKConfig
+from tests.parity import HIDDEN, NUM_EXPERTS, SCENES, Scene, compare, counted_bytes, many_ranks, one_device
+from tests.ranks import Here
+
+LAYOUTS = [(2, 2), (4, 1), (4, 2), (4, 4)]
+ROUTERS = (TopKConfig(top_k=1), TopKConfig(top_k=2), TopKConfig(top_k=3, noise_std=0.5, renormalize=False))
+FACTORS = (0.5, 1.0, 1.25, None)
+POLICIES = ("probability", "choice", "token", "random")
+
+
+def cases() -> Iterator[tuple[MoEConfig, Scene]]:
+    """The whole product of router, group, policy, factor, dispatcher and experts. What has few values of its own takes
+    turns: scene, activation and bias, balance scope, rescaling, shared expert."""
+    kinds = itertools.cycle(
+        [("swiglu", False, None), ("gelu", True, None), ("relu", True, 6), ("swiglu", True, None), ("relu", False, None)]
+    )
+    scopes = itertools.cycle(("global", "micro_batch", "sequence"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # factors below 1 are the point here
+        product = itertools.product(ROUTERS, ("rank", "sequence"), POLICIES, FACTORS)
+        for number, (router, group, policy, factor) in enumerate(product):
+            if factor is None and (group, policy) != ("rank", "token"):
+                continue  # dropless has neither
+            activation, bias, shared = next(kinds)
+            switch = SwitchConfig(0.3, next(scopes))
+            computed = itertools.product((AllToAllConfig(), PaddedConfig()), (LoopConfig, GroupedConfig))
+            for turn, (dispatch, experts) in enumerate(computed):
+                config = MoEConfig(
+                    num_experts=NUM_EXPERTS,
+                    router=router,
+                    capacity=CapacityConfig(
+                        factor=factor, group=group, drop_policy=policy, renormalize_after_drop=number % 3 > 0
+                    ),
+                    dispatch=dispatch,
+                    experts=experts(hidden_dim=HIDDEN, activation=activation, bias=bias),
+                    balance={"switch": switch, "z_loss": ZLossConfig(0.2)},
+                    shared_hidden_dim=shared,
+                )
+                # Of the four ways to compute a plan two meet either scene, and every way meets both over the plans.
+                yield config, SCENES[(number + turn + turn // 2) % 2]
+
+
+def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
+    """Every case on this rank; the worst difference, pairs that were dropped and bytes that crossed ranks."""
+    mesh = here.mesh_of(ep)
+    worst, dropped, sent, number = 0.0, 0, 0, 0
+    reference_of: dict[Any, Any] = {}
+    for number, (config, scene) in enumerate(cases(), 1):
+        key = (config.router, config.capacity)
+        if key not in reference_of:
+            reference_of = {key: {scene: one_device(config, scene, here.world) for scene in SCENES}}
+        expected = reference_of[key][scene]
+        with counted_bytes() as moved:
+            got = many_ranks(config, scene, mesh)
+        try:
+            worst = max(worst, compare(got, expected))
+        except AssertionError as error:
+            raise AssertionError(f"{error} in scene {scene.name}: {config}") from error
+        asked = sum(int(scene.valid_T(rank).sum()) for rank in range(here.world)) * config.router.top_k
+        dropped += asked - int(expected.kept_E.sum())
+        sent += sum(moved)
+    return {"worst": worst, "dropped": dropped, "sent": sent, "cases": number}
+
+
+@pytest.mark.parametrize(("world", "ep"), LAYOUTS)
+def test_ranks_equal_one_device(ranks, world, ep):
+    results = ranks(world).run(all_cases_hold, ep, limit_s=300)
+    for result in results:
+        assert result["cases"] == 3 * (2 * 4 * 3 + 1) * 4
+        assert result["worst"] <= 1e-12
+        assert result["dropped"] > 3_000, "the suite must run with dropping on"
+        assert (result["sent"] > 0) == (ep > 1), "expert parallelism must move rows, and one rank must not"
+
+
+CONFIG = MoEConfig(
+    num_experts=NUM_EXPERTS,
+    router=TopKConfig(top_k=2),
+    capacity=CapacityConfig(factor=1.0),
+    experts=LoopConfig(hidden_dim=HIDDEN),
+    balance={"switch": SwitchConfig(0.3), "z_loss": ZLossConfig(0.2)},
+)
+
+
+def faulty(here: Here, fault: str | None) -> str:
+    """One case with a planted fault; what the comparison says of it, empty where it sees nothing."""
+    scene = Scene("uneven")
+    expected = one_device(CONFIG, scene, here.world)
+    with plant(fault) if fault else contextlib.nullcontext():
+        got = many_ranks(CONFIG, scene, here.mesh_of(2))
+    try:
+        compare(got, expected)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def plant(fault: str) -> Any:
+    """The faults that public projects had."""
+    if fault == "wrong divisor":  # each expert's gradient already holds the tokens of all its ranks
+        from moedist.parallel.gradients import GradientTable
+
+        real_sum = GradientTable.sum_copies
+
+        def divided(self: GradientTable, model: torch.nn.Module) -> None:
+            real_sum(self, model)
+            for name, parameter in model.named_parameters():
+                if self.spread_of[name].role == "experts":
+                    parameter.grad = parameter.grad / 2
+
+        return mock.patch.object(GradientTable, "sum_copies", divided)
+    if fault == "counts after the drop":
+        from moedist.moe.balance.switch import SwitchLoss
+
+        real_loss = SwitchLoss.forward
+
+        def after(self: SwitchLoss, routing: Any, plan: Any, ctx: Any) -> torch.Tensor:
+            return real_loss(self, routing, dataclasses.replace(plan, asked_E=plan.kept_E), ctx)
+
+        return mock.patch.object(SwitchLoss, "forward", after)
+    assert fault == "missing un-permute"
+    from moedist.moe.dispatch import all_to_all
+
+    class Half:
+        """Reorders rows on their way to the experts and not on their way back."""
+
+        count = 0
+
+        @classmethod
+        def apply(cls, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+            cls.count += 1
+            return x if cls.count == 3 else Reorder.apply(x, order, inverse)
+
+    return mock.patch.object(all_to_all, "Reorder", Half)
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        ("wrong divisor", "grad bank.experts"),
+        ("counts after the drop", "differs by|switch .* is not"),
+        ("missing un-permute", "out . differs"),
+    ],
+)
+def test_suite_sees_planted_fault(ranks, fault, seen):
+    said = ranks(4).run(faulty, fault)
+    assert any(re.search(seen, line) for line in said), said
+
+
+def test_suite_passes_without_fault(ranks):
+    assert ranks(4).run(faulty, None) == [""] * 4
