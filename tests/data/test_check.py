@@ -45,6 +45,8 @@ def test_fewer_samples_than_a_step(tmp_path: Path) -> None:
     message = "train.global_batch_tokens = 57 takes 3 samples per step, .*has only 2 of 19 positions. Set train.micro"
     with pytest.raises(ConfigError, match=message):
         check(text_of(tmp_path, 40), sequence_length=19, global_samples=3)
+    with pytest.raises(ConfigError, match="has only 2 of 13 positions"):  # a short third sample does not count
+        check(text_of(tmp_path, 40), sequence_length=13, global_samples=3)
 
 
 def test_nothing_held_out(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def test_rule_jumps_and_lengths() -> None:
     inner = (token_N[:-1] != 999) & (token_N[1:] != 999)
     follows = token_N[1:] == (token_N[:-1].astype(int) + 7) % 999
     assert 0.79 < follows[inner].mean() < 0.81
+    before, after = token_N[start_G[1:] - 2].astype(int), token_N[start_G[1:]]
+    assert (after == (before + 14) % 999).mean() < 0.02, "a document goes on where the last one ended"
     assert token_N.max() < source.vocab_size and source.documents("valid").num_tokens == 10_000
     counts = np.bincount(token_N, minlength=1000)[:999]
     assert counts.min() > 100 and counts.max() < 320
