@@ -18,11 +18,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from moedist.launch.process import LAUNCH_ID, die_with_parent, kill_launch, launch_processes
-from moedist.train.config import LaunchConfig
 from moedist.train.status import Status, read_status, write_status
+
+if TYPE_CHECKING:
+    from moedist.train.config import LaunchConfig
 
 POLL_S = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -293,11 +295,13 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
 
 def last_good_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run folder whose files have the sizes that its manifest says; None for none."""
+    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    if not folders:
+        return None
     from moedist.train.checkpoint.errors import CheckpointError
-    from moedist.train.checkpoint.manifest import check_sizes, step_of
+    from moedist.train.checkpoint.manifest import check_sizes
 
-    folders = [path for path in (run / "checkpoints").glob("*") if step_of(path) is not None]
-    for path in sorted(folders, reverse=True):
+    for path in folders:
         try:
             check_sizes(path)
         except CheckpointError:

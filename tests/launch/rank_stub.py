@@ -23,8 +23,6 @@ def main(action: str, folder: Path) -> int:
     print(" ".join(f"{name}={os.environ[name]}" for name in names))
     if action == "end":
         return 0
-    if action == "raise" and rank == 1:
-        raise RuntimeError("rank 1 breaks on purpose")
     if action == "die" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -33,7 +31,8 @@ def main(action: str, folder: Path) -> int:
             write_status(folder, "preempted", "Saved.", step=3)
         os._exit(75)
 
-    signal.signal(signal.SIGTERM, save_and_leave if action == "save" else signal.SIG_IGN if action == "stay" else signal.SIG_DFL)
+    handlers = {"save": save_and_leave, "stay": signal.SIG_IGN, "die": signal.SIG_DFL}
+    signal.signal(signal.SIGTERM, handlers[action])
     (folder / f"ready_{rank}").write_text(str(os.getpid()))
     while True:
         signal.pause()

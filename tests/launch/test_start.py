@@ -24,10 +24,11 @@ RANKS = Ranks(nproc=2, nnodes=1, threads=3)
 PARENT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from moedist.launch.start import Ranks, run_ranks
-from moedist.train.config import LaunchConfig
-status = run_ranks(Ranks(2, 1, 1), LaunchConfig(stop_after_s=float(sys.argv[3])), Path(sys.argv[2]),
-                   ["tests.launch.rank_stub", sys.argv[1], sys.argv[2]])
+launch = SimpleNamespace(stop_after_s=float(sys.argv[3]), max_restarts=0)
+status = run_ranks(Ranks(2, 1, 1), launch, Path(sys.argv[2]), ["tests.launch.rank_stub", sys.argv[1], sys.argv[2]])
+assert "torch" not in sys.modules, "the launching process needs no torch"
 sys.exit(status.exit_code)
 """
 
@@ -107,12 +108,13 @@ def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not alive(tmp_path)
 
 
-def test_a_rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT)
-    status = run_stub("raise", tmp_path)
-    assert (status.reason, status.exit_code, status.rank) == ("bug", 5, 1)
-    assert "RuntimeError: rank 1 breaks on purpose" in status.message
-    assert "rank_1.log" in status.what_to_do
+def test_a_rank_that_raises(tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_12.log").write_text("Traceback ...\nRuntimeError: it breaks\n\n")
+    status = conclude(tmp_path, 1, REPORT.format(code=1), "none", LaunchConfig())
+    assert (status.reason, status.exit_code, status.rank) == ("bug", 5, 12)
+    assert status.message == "Rank 12 failed (exit code 1): RuntimeError: it breaks"
+    assert "rank_12.log" in status.what_to_do
 
 
 def test_a_signal_saves_and_leaves(parents: dict[str, Parent]):
