@@ -179,6 +179,18 @@ def test_a_failure_of_one_rank_is_a_failure_of_all(ranks, tmp_path: Path) -> Non
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 
+def break_rank_0(here: Here, directory: Path) -> str:
+    store = open_store(here, directory)
+    store._clear_leftovers = lambda: [][0]  # type: ignore
+    with pytest.raises(CheckpointError) as caught:
+        store.prepare()
+    return str(caught.value)
+
+
+def test_a_bug_on_rank_0_leaves_nobody_waiting(ranks, tmp_path: Path) -> None:
+    assert ranks(2).run(break_rank_0, tmp_path) == ["rank 0 failed: IndexError('list index out of range')"] * 2
+
+
 def prepare_apart(here: Here, directory: Path) -> tuple[str, str]:
     """Ranks with disks of their own, and one whose disk is read-only."""
     with pytest.raises(DiskError) as apart:

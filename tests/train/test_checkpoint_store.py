@@ -14,7 +14,16 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from moedist.mesh import Axis
-from moedist.train.checkpoint import CheckpointError, CheckpointStore, DiskError, NoRoomError, shards, store, verify
+from moedist.train.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    DiskError,
+    NoRoomError,
+    read_meta,
+    shards,
+    store,
+    verify,
+)
 
 
 def state(step: int) -> dict[str, Any]:
@@ -102,6 +111,19 @@ def test_states_that_cannot_be_kept_are_the_programmers_error(tmp_path: Path) ->
         open_store(tmp_path).save(1, {"optimizer": {"lr": 0.1}}, {})
     with pytest.raises(ValueError, match="the state names a.b.c twice"):
         open_store(tmp_path).save(1, {"a": {"b.c": torch.zeros(1), "b": {"c": torch.zeros(1)}}}, {})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), {1, 2}, "\ud800"])
+def test_meta_that_is_no_json_is_refused_and_nothing_is_left(tmp_path: Path, bad: object) -> None:
+    with pytest.raises(CheckpointError, match="rank 0 could not write its part of .*Error"):
+        open_store(tmp_path).save(1, state(1), {"key": bad})
+    assert not list(tmp_path.iterdir())
+
+
+def test_meta_comes_back_as_json(tmp_path: Path) -> None:
+    path = open_store(tmp_path).save(1, state(1), {"at": {10: 1.5, 9: (None, True)}, "name": "\u00e9\n"})
+    assert read_meta(path) == {"at": {"10": 1.5, "9": [None, True]}, "name": "\u00e9\n"}
+    assert verify(path)
 
 
 # Crashes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import secrets
@@ -121,7 +122,7 @@ class CheckpointStore:
         folder = self._hidden(path, "tmp")
 
         def publish(files: dict[str, FileSeal]) -> None:
-            write_manifest(folder, Manifest(step, self.axis.size, files, dict(meta)))
+            write_manifest(folder, Manifest(step, self.axis.size, files, json.loads(json.dumps(meta))))
             self._move_in(folder, path)
             self._point_latest(path)
 
@@ -313,20 +314,19 @@ class CheckpointStore:
             self.report(line)
 
     def _on_rank_0(self, function: Callable[[], T]) -> T:
-        """What rank 0 gets from ``function``, JSON, on every rank; a `CheckpointError` likewise."""
+        """What rank 0 gets from ``function``, JSON, on every rank; what it fails with likewise."""
+        failure: Exception | None = None
         answer: dict[str, Any] = {}
         if self.axis.rank == 0:
             try:
-                answer["value"] = function()
-            except DiskError as error:
-                answer["disk"] = str(error)
-            except CheckpointError as error:
-                answer["error"] = str(error)
+                answer = {"value": function()}
+            except Exception as error:  # whatever it is, the others must not wait for an answer
+                failure = error
+                text = str(error) if isinstance(error, CheckpointError) else f"rank 0 failed: {error!r}"
+                answer = {"error": text, "disk": isinstance(error, DiskError)}
         answer = broadcast_json(answer, self.axis, torch.device("cpu"))
-        if "disk" in answer:
-            raise DiskError(answer["disk"])
         if "error" in answer:
-            raise CheckpointError(answer["error"])
+            raise (DiskError if answer["disk"] else CheckpointError)(answer["error"]) from failure
         return answer["value"]
 
     def _together(self, verb: str, function: Callable[[], T], path: Path | None = None) -> T:
