@@ -1,11 +1,11 @@
-"""The token files that the field has: what their bytes mean, and how to map them without reading them whole.
+r"""The token files that the field has: what their bytes mean, and how to map them without reading them whole.
 
 - nanoGPT ``.bin`` (``data/*/prepare.py``): little-endian uint16 ids and nothing else. Files of OLMo, named ``.npy``
   though they have no header, are the same with a type of their choice.
 - llm.c ``.bin`` (``dev/data/data_common.py``): 256 int32, of which the first three are magic, version and number of
   tokens, then uint16 (magic 20240520, version 1) or uint32 ids (magic 20240801, version 7).
 - Megatron ``.bin`` and ``.idx`` (``megatron/core/datasets/indexed_dataset.py``): bare ids, and beside them an index:
-  ``MMIDIDX\\0\\0``, uint64 version 1, uint8 code of the type, uint64 numbers of sequences and of document bounds, then
+  ``MMIDIDX\0\0``, uint64 version 1, uint8 code of the type, uint64 numbers of sequences and of document bounds, then
   int32 lengths of sequences, int64 offsets of sequences in bytes, int64 numbers of the sequences at document bounds.
 - NumPy ``.npy``: a 1-D array of integers.
 """
