@@ -159,7 +159,7 @@ def die_between_renames(monkeypatch: pytest.MonkeyPatch) -> None:
 PHASES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], bool]] = {
     "before shards": (lambda patch: patch.setattr(shards.SealingWriter, "write_data", die), False),
     "half of a shard": (die_in_shard, False),
-    "before the index": (lambda patch: patch.setattr(shards.dcp.FileSystemWriter, "finish", die), False),
+    "before the index": (lambda patch: patch.setattr(shards.FileSystemWriter, "finish", die), False),
     "before the manifest": (lambda patch: patch.setattr(store, "write_manifest", die), False),
     "before the rename": (lambda patch: patch.setattr(CheckpointStore, "_move_in", die), True),
     "between the renames": (die_between_renames, True),

@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -39,7 +43,7 @@ _TENSOR_OVERHEAD = 2048
 """Bytes that DCP spends on a tensor beside its elements: torch.save's archive (about 1500) and its index entry."""
 
 
-class RoomPlanner(dcp.DefaultSavePlanner):
+class RoomPlanner(DefaultSavePlanner):
     """Says before the first byte is written whether the disk can hold the whole; hands every rank the size of it."""
 
     def __init__(self, folder: Path):
@@ -70,7 +74,7 @@ class _Sealed:
     seal: FileSeal
 
 
-class SealingWriter(dcp.FileSystemWriter):
+class SealingWriter(FileSystemWriter):
     """Writes shards and index, each synced and sealed; then rank 0 publishes the folder with all the seals.
 
     Sealing and publishing happen inside DCP's protocol, so that a failure on any rank, at any point up to the rename,
@@ -131,14 +135,14 @@ def write_shards(
     """
     try:
         with _quiet():
-            dcp.save(
+            save(
                 dict(state),
                 storage_writer=SealingWriter(folder, publish),
                 planner=RoomPlanner(folder),
                 process_group=None if axis.group_name is None else axis.group,
                 no_dist=axis.group_name is None,
             )
-    except dcp.CheckpointException as failure:
+    except CheckpointException as failure:
         rank, cause = _first_failure(failure)
         if isinstance(cause, CheckpointError):
             raise cause from None
@@ -156,23 +160,23 @@ def read_shards(state: Mapping[str, Tensor], path: Path, index: Metadata) -> Non
     """
     try:
         with _quiet():
-            dcp.load(
+            load(
                 dict(state),
                 storage_reader=_IndexedReader(path, index),
-                planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
+                planner=DefaultLoadPlanner(flatten_state_dict=False),
                 no_dist=True,
             )
-    except dcp.CheckpointException as failure:
+    except CheckpointException as failure:
         raise CheckpointError(f"cannot read {path}: {_first_failure(failure)[1]}") from None
 
 
-def _first_failure(failure: dcp.CheckpointException) -> tuple[int, BaseException]:
+def _first_failure(failure: CheckpointException) -> tuple[int, BaseException]:
     """DCP's exception (no `Exception` to Python) holds what each failing rank met."""
     rank = min(failure.failures)
     return rank, failure.failures[rank][0]
 
 
-class _IndexedReader(dcp.FileSystemReader):
+class _IndexedReader(FileSystemReader):
     """DCP's reader with an index that was read before: its own way is to unpickle whatever lies there.
 
     The shards it reads by ``torch.load(weights_only=True)``.

@@ -73,7 +73,7 @@ class CheckpointStore:
         self.keep = keep
         self.report = report
         self._good: set[Path] = set()  # hashed by this process, when written or when read; what retention counts
-        self._vouched: dict[Path, Manifest] = {}  # hashed by `newest`, so that `load` need not read it all again
+        self._vouched: dict[Path, Manifest] = {}  # hashed just now, so that `load` need not read it all again
         self._launch: str | None = None
 
     def prepare(self) -> None:
@@ -134,6 +134,7 @@ class CheckpointStore:
             raise
         self._good.add(path)
         self._retain()
+        self._vouched.clear()
         return path
 
     def newest(self) -> Path | None:
@@ -148,7 +149,7 @@ class CheckpointStore:
         skipped = []
         for path in reversed(self._steps()):
             try:
-                self._vouched = {path: self.verify(path)}
+                self.verify(path)
             except CheckpointError as error:
                 skipped.append(str(error))
                 self._tell(f"skipped: {error}")
@@ -184,6 +185,7 @@ class CheckpointStore:
             self._on_rank_0(lambda: check_file(path / name, seal))
             raise CheckpointError(f"{path / name} reads differently on another rank; is {path} on a shared disk?")
         self._good.add(path)
+        self._vouched = {path: manifest}
         return manifest
 
     def load(self, path: Path, state: Mapping[str, Any], own: Mapping[str, Tensor] | None = None) -> Mapping[str, Any]:
