@@ -262,6 +262,14 @@ def test_only_verified_checkpoints_count_as_kept(tmp_path: Path) -> None:
     assert resumed.newest() == tmp_path / "step_00000006"
 
 
+def test_the_one_just_saved_stays_where_later_steps_lie(tmp_path: Path) -> None:
+    """A run that has gone back to an older step."""
+    back = open_store(tmp_path, keep=2)
+    for step in (200, 300, 150):
+        back.save(step, state(step), {})
+    assert steps(tmp_path) == [150, 300] and holds(latest(tmp_path), 150)
+
+
 def test_without_a_limit_all_are_kept(tmp_path: Path) -> None:
     unlimited = open_store(tmp_path)
     for step in (9, 10, 100000000):

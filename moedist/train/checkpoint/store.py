@@ -133,7 +133,7 @@ class CheckpointStore:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self._good.add(path)
-        self._retain()
+        self._retain(path)
         self._vouched.clear()
         return path
 
@@ -285,12 +285,12 @@ class CheckpointStore:
         temporary.replace(self.directory / LATEST)
         sync_folder(self.directory)
 
-    def _retain(self) -> None:
+    def _retain(self, saved: Path) -> None:
         """Removes the oldest verified checkpoints beyond ``keep``. Those that do not verify don't count, and stay."""
         if self.keep is None or len(self._steps()) <= self.keep:
             return
         good = []
-        for path in self._steps():
+        for path in [*(path for path in self._steps() if path != saved), saved]:  # whatever steps lie there already
             with contextlib.suppress(CheckpointError):
                 if path not in self._good:
                     self.verify(path)
