@@ -21,7 +21,7 @@ examples:
   # on other text of the same tokens
   moedist eval runs/first data=text 'data.files=other/*.txt' run.allow_changes=[data]
 
-The finished model is measured dropless, whatever its capacity factor was; moe.capacity.factor=1.25 measures it with one.
+The finished model is measured dropless, whatever its capacity factor was; moe.capacity.factor=1.25 sets a limit.
 """
 
 

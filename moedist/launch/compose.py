@@ -303,7 +303,9 @@ def _check_names(parsed: Sequence[Override], fixed: Sequence[str]) -> None:
     values: list[Override] = []
     for override in parsed:
         name = override.key_or_group
-        options = loader.get_group_options(name, config_name=ROOT, overrides=[f for f in fixed if f.startswith("hydra.")])
+        options = loader.get_group_options(
+            name, config_name=ROOT, overrides=[f for f in fixed if f.startswith("hydra.")]
+        )
         options = [option for option in options if not option.endswith("_defaults")]
         if not options:
             values.append(override)

@@ -110,7 +110,10 @@ def find_run(resume: Path) -> Path | None:
     path = resume.expanduser().absolute()
     if not path.is_dir():
         raise ConfigError(
-            "run.resume", str(resume), "is no folder", "Name a checkpoint's folder or a run folder, or set never or auto."
+            "run.resume",
+            str(resume),
+            "is no folder",
+            "Name a checkpoint's folder or a run folder, or set never or auto.",
         )
     return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / CONFIG).is_file()), None)
 

@@ -278,7 +278,7 @@ def _stopped(run_dir: Path, status: Status | None, message: str) -> Status:
 
 
 def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
-    """torchrun ended without a rank to blame: mostly it could not meet the others."""
+    """Torchrun ended without a rank to blame: mostly it could not meet the others."""
     text = said.strip().splitlines()
     last = text[-1] if text else "torchrun ended without a word"
     log = run_dir / "logs" / LAUNCHER_LOG

@@ -73,7 +73,8 @@ def run_composed(overrides: Sequence[str]) -> int:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=MEETING_S))
     try:
-        everyone = Axis("dp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD.group_name)
+        group = dist.distributed_c10d._get_default_group()
+        everyone = Axis("dp", dist.get_world_size(), dist.get_rank(), group.group_name)
         decision = _decide(overrides, everyone.size) if everyone.rank == 0 else None
         decision = broadcast_json(decision, everyone, torch.device("cpu"))
         if "exit_code" in decision:

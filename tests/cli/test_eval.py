@@ -12,7 +12,14 @@ from moedist.train.checkpoint.manifest import FileSeal, Manifest, folder_name, w
 from moedist.train.status import Status
 
 Output = pytest.CaptureFixture[str]
-TRAINED = ["experiment=null", "data=synthetic", "data.num_tokens=5000", "launch.nproc=2", "mesh.ep=2", "mesh.device=cpu"]
+TRAINED = [
+    "experiment=null",
+    "data=synthetic",
+    "data.num_tokens=5000",
+    "launch.nproc=2",
+    "mesh.ep=2",
+    "mesh.device=cpu",
+]
 
 
 @pytest.fixture

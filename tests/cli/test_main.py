@@ -104,7 +104,15 @@ def test_dry_run_makes_nothing(tmp_path: Path, started: list, capsys: Output):
 
 
 def test_the_command_as_outside_checks_write_it(tmp_path: Path, started: list, capsys: Output):
-    argv = ["train", "experiment=tiny_cpu", f"run.dir={tmp_path}/r", "launch.nproc=4", "mesh.ep=2", "train.steps=20", "seed=1"]
+    argv = [
+        "train",
+        "experiment=tiny_cpu",
+        f"run.dir={tmp_path}/r",
+        "launch.nproc=4",
+        "mesh.ep=2",
+        "train.steps=20",
+        "seed=1",
+    ]
     assert main(argv) == 5
     (call,) = started
     assert call["ranks"].world_size == 4 and call["run_dir"] == tmp_path / "r"

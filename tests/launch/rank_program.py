@@ -20,7 +20,12 @@ from moedist.train.config import RunConfig
 
 def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: Any = None) -> int:
     print("said by a rank")
-    given = {"config": to_mapping(config), "run_dir": str(run_dir), "ep": mesh.ep.size, "terminal": terminal is not None}
+    given = {
+        "config": to_mapping(config),
+        "run_dir": str(run_dir),
+        "ep": mesh.ep.size,
+        "terminal": terminal is not None,
+    }
     (run_dir / f"given_{mesh.dp.rank}.json").write_text(json.dumps(given))
     return 0
 

@@ -122,10 +122,16 @@ def test_cfg_job_shows_every_key():
 
 def test_overrides_of_a_saved_configuration():
     saved = compose(["experiment=null", "seed=5", "moe.num_experts=4"]).mapping
-    changed = compose_onto(saved, ["moe/experts=loop", "moe.experts.hidden_dim=16", "data=synthetic", "~log.sinks.wandb"])
+    changed = compose_onto(
+        saved, ["moe/experts=loop", "moe.experts.hidden_dim=16", "data=synthetic", "~log.sinks.wandb"]
+    )
     config = changed.config
     assert (config.seed, config.moe.num_experts, config.moe.experts.kind) == (5, 4, "loop")
-    assert (config.moe.experts.hidden_dim, config.data.kind, set(config.log.sinks)) == (16, "synthetic", {"console", "jsonl"})
+    assert (config.moe.experts.hidden_dim, config.data.kind, set(config.log.sinks)) == (
+        16,
+        "synthetic",
+        {"console", "jsonl"},
+    )
     assert compose_onto(saved).mapping == saved
     with pytest.raises(ConfigErrors, match="moe.num_expert = 3 is not a known key. Did you mean moe.num_experts"):
         compose_onto(saved, ["moe.num_expert=3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,27 @@ GROUPS = {group.name: group for group in find_groups()}
 RECIPES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def composed() -> dict[str, dict]:
+    """What stands in the configuration for each choice, by ``group/kind``; a composition has a kind of every group."""
+    kinds = {name: sorted(list_choices(group.base)) for name, group in GROUPS.items()}
+    values: dict[str, dict] = {}
+    for turn in range(max(map(len, kinds.values()))):
+        overrides = [
+            f"{name}=[{','.join(those)}]" if GROUPS[name].many else f"{name}={those[turn % len(those)]}"
+            for name, those in kinds.items()
+        ]
+        mapping = compose(["experiment=null", *overrides]).mapping
+        for name, group in GROUPS.items():
+            value = mapping
+            for part in group.key.split("."):
+                value = value[part]
+            values |= {f"{name}/{one['kind']}": one for one in (value.values() if group.many else [value])}
+    return values
+
+
 @pytest.mark.parametrize("name", sorted(GROUPS))
-def test_each_choice_has_a_module_a_yaml_and_a_key(name: str):
+def test_each_choice_has_a_module_a_yaml_and_a_key(name: str, composed: dict[str, dict]):
     group = GROUPS[name]
     kinds = set(list_choices(group.base))
     files = {path.stem for path in (CONF / name).glob("*.yaml")}
@@ -32,11 +52,8 @@ def test_each_choice_has_a_module_a_yaml_and_a_key(name: str):
         assert f"{kind}_defaults" in str(yaml.safe_load(text)["defaults"][0])
         if group.many:
             assert text.startswith(f"# @package {group.key}.{kind}\n")
-        override = f"{name}=[{kind}]" if group.many else f"{name}={kind}"
-        value = compose(["experiment=null", override]).mapping
-        for part in group.key.split("."):
-            value = value[part]
-        assert (value[kind] if group.many else value)["kind"] == kind
+        fields = {field.name for field in dataclasses.fields(list_choices(group.base)[kind])}
+        assert set(composed[f"{name}/{kind}"]) == {"kind", *fields}
 
 
 def test_no_yaml_is_outside_a_group():
@@ -64,7 +81,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_decodes_and_validates(recipe: str, tokens: Path, tmp_path: Path):
-    cluster = ["launch.rendezvous=node:29400", f"run.dir={tmp_path / 'run'}", f"data.files=[{tokens}]", "data.format=raw"]
+    data = [f"data.files=[{tokens}]", "data.format=raw"]
+    cluster = ["launch.rendezvous=node:29400", f"run.dir={tmp_path / 'run'}", *data]
     composed = compose([f"experiment={recipe}", *([] if recipe == "tiny_cpu" else cluster)])
     launch = composed.config.launch
     validate(composed.config, composed.mapping, launch.nproc * launch.nnodes)

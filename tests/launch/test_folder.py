@@ -15,7 +15,13 @@ from moedist.launch.saved import read_mapping
 from moedist.train.config import RunFolder
 from moedist.train.status import read_status, write_status
 
-MAPPING = {"seed": 1, "run": {"dir": None}, "mesh": {"ep": 2}, "train": {"steps": 5, "log_every": 1}, "moe": {"top_k": 2}}
+MAPPING = {
+    "seed": 1,
+    "run": {"dir": None},
+    "mesh": {"ep": 2},
+    "train": {"steps": 5, "log_every": 1},
+    "moe": {"top_k": 2},
+}
 
 
 def changed(**values: object) -> dict:

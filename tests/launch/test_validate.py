@@ -21,7 +21,9 @@ def errors_of(*overrides: str, world_size: int = 4, check=validate) -> dict[str,
 
 
 def test_what_fits_gives_the_opened_corpus(tmp_path: Path):
-    composed = compose([*SMALL, *SYNTHETIC, "mesh.ep=2", f"run.dir={tmp_path / 'run'}", "train.global_batch_tokens=256"])
+    composed = compose(
+        [*SMALL, *SYNTHETIC, "mesh.ep=2", f"run.dir={tmp_path / 'run'}", "train.global_batch_tokens=256"]
+    )
     assert validate(composed.config, composed.mapping, 4).vocab_size == 1024
     assert not (tmp_path / "run").exists()
 
