@@ -150,7 +150,7 @@ def concatenated(xs: list[Tensor], contexts: list[TokenContext]) -> tuple[Tensor
 
 
 def many_ranks(config: MoEConfig, scene: Scene, mesh: Mesh) -> Result:
-    """The same on this rank of a mesh, with the config's own bank, dispatcher and experts; gradients whole and summed."""
+    """The same on this rank of a mesh, with the config's own parts; gradients whole and summed."""
     world, rank = mesh.dp.size, mesh.dp.rank
     layer = build(config, scene)
     table = spread(layer, mesh)

@@ -23,8 +23,8 @@ class Engine(Protocol):
         """Sums the gradients over ranks, clips, updates, clears.
 
         Returns:
-            The norm of the whole model's gradient before the clip, equal on all ranks. Where it is not finite, the model
-            and the optimizer are left as they were.
+            The norm of the whole model's gradient before the clip, equal on all ranks. Where it is not finite, the
+            model and the optimizer are left as they were.
         """
         ...
 

@@ -69,7 +69,7 @@ class NativeEngine:
         """``model.<parameter>`` and ``optimizer.<parameter>.<moment>``."""
         if not self.optimizer.state:
             self._make_optimizer_state()
-        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        name_of: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
         return {"model": self.model.state_dict(), "optimizer": moments}
 

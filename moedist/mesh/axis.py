@@ -6,7 +6,7 @@ import dataclasses
 
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,4 +38,4 @@ class Axis:
     def group(self) -> ProcessGroup:
         """The live process group; asked for at each use, never stored."""
         assert self.group_name is not None, f"axis {self.name} has no process group"
-        return _resolve_process_group(self.group_name)
+        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ class TokenContext:
         step: int | Tensor = 0,
         training: bool = True,
     ) -> TokenContext:
-        """The context of ``num_sequences`` rows of ``length`` positions; what is not given is that of a batch on its own.
+        """The context of ``num_sequences`` rows of ``length`` positions; what is not given is a lone batch's own.
 
         >>> TokenContext.of_rows(2, 3).position_T.tolist()
         [0, 1, 2, 0, 1, 2]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moedist.config import Config, ConfigError, require
 from moedist.mesh import Axis
-from moedist.moe.balance.contract import BalanceConfig
+from moedist.moe.balance.contract import BalanceConfig, BalanceLoss
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.bank.contract import BankConfig
@@ -163,7 +163,8 @@ class MoELayer(nn.Module):
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:
         """Keeps this rank's experts; rows travel over ``ep``, global counts over ``dp`` from now on."""
         self.bank.spread(placement, ep)
-        for loss in self.balance.values():
+        for loss in self.balance.children():
+            assert isinstance(loss, BalanceLoss)
             loss.dp = dp
 
     def init_weights(self, draw: Draw) -> None:

@@ -21,7 +21,6 @@ ROUTER_NOISE, RANDOM_DROP = 1, 2
 """Streams: draws of one name that must not be equal."""
 
 
-
 def _signed(value: int) -> int:
     """``value`` modulo 2^64 as a signed number, as int64 arithmetic wraps it."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

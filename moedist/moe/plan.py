@@ -24,19 +24,19 @@ from moedist.moe.router.contract import Routing
 class CapacityConfig(Config):
     """How many pairs an expert takes from one capacity group, and which.
 
-    The limit of a group with ``t`` valid tokens is ``max(min_capacity, ceil(factor * t * K / E))``, never above ``t``, in
-    exact integer arithmetic on the factor as the decimal that was written.
+    The limit of a group with ``t`` valid tokens is ``max(min_capacity, ceil(factor * t * K / E))``, never above ``t``,
+    in exact integer arithmetic on the factor as the decimal that was written.
 
     Attributes:
         factor: multiple of the even share ``t * K / E``; None takes every pair (dropless).
         expert_capacity: a fixed limit per group instead of the factor's.
         eval_factor: the factor of evaluations during training; ``train`` for the same.
         min_capacity: lower bound of the limit.
-        group: tokens that share one limit: ``rank`` (a rank's tokens of one micro-batch, as DeepSpeed and Megatron do) or
-            ``sequence`` (one row).
+        group: tokens that share one limit: ``rank`` (a rank's tokens of one micro-batch, as DeepSpeed and Megatron do)
+            or ``sequence`` (one row).
         drop_policy: who stays at a full expert: ``probability`` (highest unbiased score, ties by position), ``choice``
-            (all first choices in token order, then second ones; GShard, Lepikhin et al. 2021), ``token`` (token order, a
-            token's choices in order) or ``random``.
+            (all first choices in token order, then second ones; GShard, Lepikhin et al. 2021), ``token`` (token order,
+            a token's choices in order) or ``random``.
         overflow: what becomes of the rest: ``drop`` leaves the token to the residual.
         renormalize_after_drop: whether a token's surviving gates are rescaled to the sum that its gates had before.
     """
@@ -63,7 +63,9 @@ class CapacityConfig(Config):
                 "Set it above 0 (1.25 is common), or to null to drop nothing.",
             )
             if value < 1:
-                warnings.warn(f"moe.capacity.{key} = {value} is below 1: pairs are dropped even at perfect balance.", stacklevel=2)
+                warnings.warn(
+                    f"moe.capacity.{key} = {value} is below 1: pairs are dropped even at perfect balance.", stacklevel=2
+                )
         for key, least in (("expert_capacity", 1), ("min_capacity", 0)):
             value = getattr(self, key)
             require(value is None or value >= least, key, value, "is too small", f"Set it to {least} or more.")
@@ -171,7 +173,9 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
     return CapacityPlan(
         token_N=token_N,
         expert_N=expert_N,
-        gate_N=surviving_gates(routing, kept_N, valid_N, num_tokens, config.renormalize_after_drop and limit is not None),
+        gate_N=surviving_gates(
+            routing, kept_N, valid_N, num_tokens, config.renormalize_after_drop and limit is not None
+        ),
         slot_N=slot_N,
         asked_E=asked_GE.sum(0),
         kept_E=kept_GE.sum(0),
@@ -213,7 +217,7 @@ def count(index_N: Tensor, num_bins: int, valid_N: Tensor | None = None) -> Tens
 
 
 def surviving_gates(routing: Routing, kept_N: Tensor, valid_N: Tensor, num_tokens: int, renormalize: bool) -> Tensor:
-    """Gates of the pairs that stay, 0 for the others; where asked, a token's survivors carry the sum of all its gates."""
+    """Gates of the pairs that stay, else 0; where asked, a token's survivors carry the sum of all its gates."""
     gate_N = torch.where(kept_N, routing.gate_N, 0)
     if not renormalize:
         return gate_N

@@ -17,8 +17,8 @@ from moedist.parallel.gradients import GradientTable, ParameterSpread
 def spread(model: nn.Module, mesh: Mesh) -> GradientTable:
     """Shards the experts of every MoE layer over ``mesh.ep``, in place; dense weights stay whole on every rank.
 
-    The experts' weights become DTensors cut along their first dim, so that a checkpoint knows them by global id; compute
-    sees this rank's part. Works on the meta device: spread first, give storage and values afterwards.
+    The experts' weights become DTensors cut along their first dim, so that a checkpoint knows them by global id;
+    compute sees this rank's part. Works on the meta device: spread first, give storage and values afterwards.
 
     Raises:
         ConfigError: a layer cannot be spread over this many ranks.
@@ -59,4 +59,4 @@ def recompute_in_backward(model: nn.Module, targets: tuple[type[nn.Module], ...]
     """
     for module in model.modules():
         if isinstance(module, targets):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

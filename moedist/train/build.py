@@ -42,9 +42,7 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     Raises:
         ConfigError: sizes that do not fit together.
     """
-    model = config.model.build(
-        vocab_size, config.moe, device="meta", dtype=PARAMETER_DTYPES[config.train.precision]
-    )
+    model = config.model.build(vocab_size, config.moe, device="meta", dtype=PARAMETER_DTYPES[config.train.precision])
     size = model_size(model)
     flops_per_token = train_flops_per_token(model, config.train.sequence_length)
     gradients = spread(model, mesh)

@@ -91,8 +91,8 @@ class TrainConfig(Config):
         activation_checkpointing: recompute attention and experts in backward; the router, the capacity plan and the
             losses are never recomputed.
         clip_norm: largest norm of the whole model's gradient; None for no clip.
-        log_every, eval_every, checkpoint_every: steps between them; None for never. A run ends with a last log record, a
-            last evaluation and a last checkpoint where they are on.
+        log_every, eval_every, checkpoint_every: steps between them; None for never. A run ends with a last log record,
+            a last evaluation and a last checkpoint where they are on.
         eval_batches: micro-steps of one evaluation over all ranks; None for the whole held-out part.
         optimizer: the update rule and its learning rates.
         schedule: how learning rates follow the step.
@@ -147,7 +147,8 @@ class CheckpointConfig(Config):
 
     Attributes:
         keep: number of newest verified checkpoints to keep; None for all.
-        on_failure: what a failed save does: ``abort`` the run (exit 4, last good checkpoint intact) or ``warn`` and go on.
+        on_failure: what a failed save does: ``abort`` the run (exit 4, last good checkpoint intact) or ``warn`` and go
+            on.
     """
 
     keep: int | None = 2

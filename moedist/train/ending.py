@@ -27,7 +27,7 @@ _REMEDY: dict[Reason, str] = {
     "data": "Restore the corpus, or start a new run.",
     "checkpoint": "Name another checkpoint, or start a new run in another run.dir.",
     "io": "Make room or mend the disk, then continue with run.resume=auto.",
-    "nonfinite": "Continue from the last good checkpoint with a lower learning rate, or look at the batch of this step.",
+    "nonfinite": "Continue from the last good checkpoint with a lower learning rate, or look at this step's data.",
     "peer_lost": "See the named rank's log, then continue with run.resume=auto.",
     "bug": "See the rank's log for the traceback; continue with run.resume=auto.",
     "preempted": "Continue with run.resume=auto.",
@@ -100,7 +100,8 @@ class Ending:
             reason = "io"
         elif isinstance(error, RuntimeError) and _LOST.search(str(error)):
             reason = "peer_lost"
-            message = f"{who_is_missing(self.run_dir, self.mesh.dp.size)} ({str(error).splitlines()[0]})"
+            missing = who_is_missing(self.run_dir / "logs", self.mesh.dp.size)
+            message = f"{missing} ({str(error).splitlines()[0]})"
         return reason, message, EXIT_CODES[reason]
 
     def _write(self, reason: Reason, message: str, exit_code: int) -> None:

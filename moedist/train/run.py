@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,7 +28,7 @@ from moedist.train.ending import DataChangedError, Ending
 from moedist.train.evaluate import evaluate
 from moedist.train.signals import StopRequest
 from moedist.train.status import clear_status
-from moedist.train.trainer import Progress, Trainer
+from moedist.train.trainer import WATCHDOG_MARGIN_S, Progress, Trainer
 from moedist.train.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
@@ -45,15 +45,17 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
     """
     if mesh.dp.rank == 0:
         clear_status(run_dir)
-    with StopRequest() as stop, Watchdog(run_dir, mesh.dp.rank, config.mesh) as watchdog, Ending(run_dir, mesh) as end:
+    slow_s = config.mesh.save_timeout_s + WATCHDOG_MARGIN_S
+    with StopRequest() as stop, make_watchdog(config, run_dir, mesh) as watchdog, Ending(run_dir, mesh) as end:
+        watchdog.enter("data", 0, slow_s)
         source = open_data(config.data)
-        with watchdog.phase(0, "build", slow=True):
-            torch.manual_seed(config.seed)
-            spread = build_model(config, source.vocab_size, mesh)
-            store = CheckpointStore(
-                run_dir / CHECKPOINTS, slow_axis(mesh, config.mesh.save_timeout_s), config.checkpoint.keep
-            )
-            store.prepare()
+        watchdog.enter("build", 0, slow_s)
+        torch.manual_seed(config.seed)
+        spread = build_model(config, source.vocab_size, mesh)
+        store = CheckpointStore(
+            run_dir / CHECKPOINTS, slow_axis(mesh, config.mesh.save_timeout_s), config.checkpoint.keep
+        )
+        store.prepare()
         found = find_checkpoint(config, store)
         progress = Progress(run_id=choose_run_id(found, run_dir, mesh))
         meta = {
@@ -75,24 +77,33 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
     return end.exit_code
 
 
-def eval_rank(
-    config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, terminal: TextIO | None = None
-) -> int:
+def eval_rank(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, terminal: TextIO | None = None) -> int:
     """Measures a checkpoint on the held-out part; called on every rank. Returns the exit code.
 
     Rank 0 writes the result to ``eval.json`` in ``run_dir`` and a line to the terminal.
     """
-    with Watchdog(run_dir, mesh.dp.rank, config.mesh) as watchdog, Ending(run_dir, mesh) as end:
+    slow_s = config.mesh.save_timeout_s + WATCHDOG_MARGIN_S
+    with make_watchdog(config, run_dir, mesh) as watchdog, Ending(run_dir, mesh) as end:
+        watchdog.enter("data", 0, slow_s)
         source = open_data(config.data)
-        with watchdog.phase(0, "load", slow=True):
-            model = build_model(config, source.vocab_size, mesh).model
-            store = CheckpointStore(checkpoint.parent, slow_axis(mesh, config.mesh.save_timeout_s))
-            meta = store.load(checkpoint, {"model": model.state_dict()})
+        watchdog.enter("load", 0, slow_s)
+        model = build_model(config, source.vocab_size, mesh).model
+        store = CheckpointStore(checkpoint.parent, slow_axis(mesh, config.mesh.save_timeout_s))
+        meta = store.load(checkpoint, {"model": model.state_dict()})
         check_same_data(meta, source, config)
-        with watchdog.phase(meta["step"], "eval", slow=True):
-            loss = evaluate(model, source, config, mesh)
+        watchdog.enter("eval", meta["step"], slow_s)
+        loss = evaluate(model, source, config, mesh)
+        if mesh.dp.rank == 0:
+            result = {"train/step": meta["step"], "eval/loss": loss, "checkpoint": str(checkpoint)}
+            (run_dir / "eval.json").write_text(json.dumps(result) + "\n")
+            print(f"step {meta['step']}  held-out loss {loss:.4f} nats per token", file=terminal or sys.stdout)
         end.at("done", f"Step {meta['step']}: held-out loss {loss:.4f} nats per token.")
     return end.exit_code
+
+
+def make_watchdog(config: RunConfig, run_dir: Path, mesh: Mesh) -> Watchdog:
+    """Watches over this rank; heartbeats go to ``<run>/logs``."""
+    return Watchdog(run_dir / "logs", mesh.dp.rank, config.mesh.timeout_s + WATCHDOG_MARGIN_S)
 
 
 def find_checkpoint(config: RunConfig, store: CheckpointStore) -> Path | None:
@@ -136,9 +147,7 @@ def check_same_data(meta: Mapping[str, Any], source: Source, config: RunConfig) 
         )
 
 
-def open_log(
-    config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, terminal: TextIO | None
-) -> RunLog:
+def open_log(config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, terminal: TextIO | None) -> RunLog:
     """The sinks of the run, on global rank 0."""
     info = RunInfo(
         directory=run_dir,
@@ -154,9 +163,7 @@ def open_log(
     return RunLog(config.log, info, mesh.dp.rank)
 
 
-def greet(
-    log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, mesh: Mesh, found: Path | None
-) -> None:
+def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, mesh: Mesh, found: Path | None) -> None:
     """What a user wants to know before the first step."""
     if mesh.dp.rank != 0:
         return

@@ -31,6 +31,8 @@ from moedist.train.tally import Tally
 from moedist.train.throughput import measured_peak_flops, peak_memory_gib
 from moedist.train.watchdog import Watchdog
 
+WATCHDOG_MARGIN_S = 30.0
+"""Seconds after a collective's own time-out: it shall raise first, with the better message."""
 
 
 class NonFiniteError(RuntimeError):
@@ -94,6 +96,11 @@ class Trainer:
         self.eval_loss: float | None = None
         self.last_record: Mapping[str, Value] = {}
 
+    def enter(self, phase: str, slow: bool = False) -> None:
+        """Tells the watchdog what this rank does now; ``slow`` where that waits for a disk."""
+        limit_s = self.config.mesh.save_timeout_s + WATCHDOG_MARGIN_S if slow else None
+        self.watchdog.enter(phase, self.progress.step, limit_s)
+
     # State
 
     def state(self) -> dict[str, Any]:
@@ -110,8 +117,8 @@ class Trainer:
     def load(self, path: Any) -> Mapping[str, Any]:
         """Takes over a checkpoint's state, whatever layout wrote it; returns its meta."""
         own = self.own_state()
-        with self.watchdog.phase(self.progress.step, "load", slow=True):
-            meta = self.store.load(path, self.state(), own)
+        self.enter("load", slow=True)
+        meta = self.store.load(path, self.state(), own)
         torch.set_rng_state(own["rng_cpu"])
         if "rng_cuda" in own:
             torch.cuda.set_rng_state(own["rng_cuda"], self.mesh.device)
@@ -124,8 +131,8 @@ class Trainer:
         self.tally.share_last_seen(self.mesh.dp)
         meta = {**self.meta, **dataclasses.asdict(self.progress)}
         try:
-            with self.watchdog.phase(self.progress.step, "save", slow=True):
-                path = self.store.save(self.progress.step, self.state(), meta, self.own_state())
+            self.enter("save", slow=True)
+            path = self.store.save(self.progress.step, self.state(), meta, self.own_state())
         except DiskError as error:
             if self.config.checkpoint.on_failure == "abort":
                 raise
@@ -140,8 +147,8 @@ class Trainer:
         train, progress = self.config.train, self.progress
         loader = self.loader()
         dtype = torch.bfloat16 if train.precision == "bf16" else PARAMETER_DTYPES[train.precision]
-        with self.watchdog.phase(progress.step, "measure"):
-            self.peak_flops = measured_peak_flops(self.mesh, dtype)
+        self.enter("measure")
+        self.peak_flops = measured_peak_flops(self.mesh, dtype)
         self.model.train()
         while progress.step < train.steps:
             if not self.step(loader):
@@ -151,8 +158,8 @@ class Trainer:
             last = progress.step == train.steps
             evaluates = due(train.eval_every, progress.step, last)
             if evaluates:
-                with self.watchdog.phase(progress.step, "eval"):
-                    self.eval_loss = evaluate(self.model, self.source, self.config, self.mesh)
+                self.enter("eval")
+                self.eval_loss = evaluate(self.model, self.source, self.config, self.mesh)
             if evaluates or due(train.log_every, progress.step, last):
                 self.record(log, evaluates)
             if due(train.checkpoint_every, progress.step, last):
@@ -184,10 +191,10 @@ class Trainer:
         """
         start = time.perf_counter()
         config, progress, device = self.config, self.progress, self.mesh.device
-        with self.watchdog.phase(progress.step, "data"):
-            micro_batches = [batch.to(device) for batch in next(loader)]
-        with self.watchdog.phase(progress.step, "agree"):
-            totals = self.agree(micro_batches)
+        self.enter("data")
+        micro_batches = [batch.to(device) for batch in next(loader)]
+        self.enter("agree")
+        totals = self.agree(micro_batches)
         if totals.stop:
             return False
         self.engine.set_learning_rate(config.train.schedule.factor(progress.step + 1, config.train.steps))
@@ -199,17 +206,18 @@ class Trainer:
         )
         self.tally.clear()
         for batch in micro_batches:
-            with self.watchdog.phase(progress.step, "forward"), autocast(config, self.mesh):
+            self.enter("forward")
+            with autocast(config, self.mesh):
                 output = self.model(batch, context)
                 # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
                 task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
                 reports = pack_reports(output.reports) if output.reports else None
                 loss = task_loss if reports is None else task_loss + reports.objective()
-            with self.watchdog.phase(progress.step, "backward"):
-                self.engine.backward(loss)
+            self.enter("backward")
+            self.engine.backward(loss)
             self.tally.add(task_loss, reports)
-        with self.watchdog.phase(progress.step, "optimizer"):
-            self.grad_norm = self.engine.step()
+        self.enter("optimizer")
+        self.grad_norm = self.engine.step()
         if not math.isfinite(self.grad_norm):
             raise NonFiniteError(
                 f"the gradient's norm at step {progress.step + 1} is {self.grad_norm}; the model is that of step "
@@ -233,9 +241,9 @@ class Trainer:
 
     def record(self, log: RunLog, evaluated: bool) -> None:
         """Sends the numbers of the step just done to the sinks; all ranks take part."""
-        with self.watchdog.phase(self.progress.step, "metrics"):
-            total = self.tally.reduce(self.mesh.dp)
-            memory = peak_memory_gib(self.mesh)
+        self.enter("metrics")
+        total = self.tally.reduce(self.mesh.dp)
+        memory = peak_memory_gib(self.mesh)
         record = train_metrics(
             step=self.progress.step,
             loss=total.loss,

@@ -37,7 +37,13 @@ def cases() -> Iterator[tuple[MoEConfig, Scene]]:
     """The whole product of router, group, policy, factor, dispatcher and experts. What has few values of its own takes
     turns: scene, activation and bias, balance scope, rescaling, shared expert."""
     kinds = itertools.cycle(
-        [("swiglu", False, None), ("gelu", True, None), ("relu", True, 6), ("swiglu", True, None), ("relu", False, None)]
+        [
+            ("swiglu", False, None),
+            ("gelu", True, None),
+            ("relu", True, 6),
+            ("swiglu", True, None),
+            ("relu", False, None),
+        ]
     )
     scopes = itertools.cycle(("global", "micro_batch", "sequence"))
     with warnings.catch_warnings():
@@ -68,8 +74,9 @@ def cases() -> Iterator[tuple[MoEConfig, Scene]]:
 def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
     """Every case on this rank; the worst difference, pairs that were dropped and bytes that crossed ranks."""
     mesh = here.mesh_of(ep)
-    worst, dropped, sent, number = 0.0, 0, 0, 0
+    worst, dropped, sent = 0.0, 0, 0
     reference_of: dict[Any, Any] = {}
+    number = 0
     for number, (config, scene) in enumerate(cases(), 1):
         key = (config.router, config.capacity)
         if key not in reference_of:

@@ -16,7 +16,14 @@ from moedist.moe.ffn import FFNExpertsConfig, StackedFFN, activate, run_one_by_o
 class GroupedConfig(FFNExpertsConfig):
     """Grouped matrix products; where a dtype or a width does not qualify, the loop of `moedist.moe.experts.loop`."""
 
-    def build(self, dim, num_experts, *, device=None, dtype=None) -> GroupedExperts:  # noqa: D102, ANN001
+    def build(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GroupedExperts:
         return GroupedExperts(self, dim, num_experts, device, dtype)
 
 

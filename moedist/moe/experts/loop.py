@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from moedist.moe.experts.contract import Rows
@@ -14,7 +15,14 @@ from moedist.moe.ffn import FFNExpertsConfig, StackedFFN, run_one_by_one
 class LoopConfig(FFNExpertsConfig):
     """A loop over experts; works in every dtype, fp64 included."""
 
-    def build(self, dim, num_experts, *, device=None, dtype=None) -> LoopExperts:  # noqa: D102, ANN001
+    def build(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LoopExperts:
         return LoopExperts(self, dim, num_experts, device, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Top-k token choice with softmax scores (Shazeer et al. 2017; Switch, Fedus et al. 2022; Mixtral, Jiang et al. 2024)."""
+"""Top-k token choice with softmax scores (Shazeer et al. 2017; Switch, Fedus et al. 2022)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,15 @@ class TopKConfig(RouterConfig):
                 stacklevel=2,
             )
 
-    def build(self, dim, num_experts, *, layer=0, device=None, dtype=None) -> TopKRouter:  # noqa: D102, ANN001
+    def build(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        layer: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TopKRouter:
         require(
             self.top_k <= num_experts,
             "top_k",
