@@ -74,10 +74,10 @@ def cases() -> Iterator[tuple[MoEConfig, Scene]]:
 def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
     """Every case on this rank; the worst difference, pairs that were dropped and bytes that crossed ranks."""
     mesh = here.mesh_of(ep)
-    worst, dropped, sent = 0.0, 0, 0
+    worst, dropped, sent, number = 0.0, 0, 0, 0
     reference_of: dict[Any, Any] = {}
-    number = 0
-    for number, (config, scene) in enumerate(cases(), 1):
+    for config, scene in cases():
+        number += 1
         key = (config.router, config.capacity)
         if key not in reference_of:
             reference_of = {key: {scene: one_device(config, scene, here.world) for scene in SCENES}}
