@@ -69,5 +69,5 @@ def main(args: argparse.Namespace) -> int:
         status = run_ranks(ranks, config.launch, claim.path, target, lock=claim.lock, terminal=terminal)
     finally:
         claim.release()
-    report(status, claim.path, as_json=args.json, command="eval")
+    report(status, claim.path, 1, as_json=args.json, command="eval")
     return status.exit_code

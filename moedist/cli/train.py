@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
             status = run_ranks(ranks, config.launch, run_dir, target, lock=claim.lock, terminal=terminal)
         finally:
             claim.release()
-    report(status, run_dir, as_json=args.json, command="train")
+    report(status, run_dir, ranks.nnodes, as_json=args.json, command="train")
     return status.exit_code
 
 
@@ -140,17 +140,17 @@ def describe_plan(composed: Composed, ranks: Ranks, run_dir: Path) -> dict[str, 
     }
 
 
-def report(status: Status, run_dir: Path, *, as_json: bool, command: str) -> None:
+def report(status: Status, run_dir: Path, nnodes: int, *, as_json: bool, command: str) -> None:
     """Says how the ranks ended: for a script as JSON, for people what failed, where to look and what to do."""
     import dataclasses
 
-    from moedist.launch.start import LAUNCHER_LOG, rank_log, tail
+    from moedist.launch.start import launcher_log, rank_log, tail
 
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), **dataclasses.asdict(status)}))
     if status.exit_code == 0:
         return
-    log = run_dir / "logs" / LAUNCHER_LOG if status.rank is None else rank_log(run_dir, status.rank)
+    log = launcher_log(run_dir, nnodes) if status.rank is None else rank_log(run_dir, status.rank)
     say = [f"moedist {command}: ended with {status.reason}: {status.message}"]
     if status.reason not in ("preempted", "config"):
         say += [f"  the end of {log}:", *(f"    {line}" for line in tail(log))]

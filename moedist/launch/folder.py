@@ -213,6 +213,8 @@ def _check_contents(path: Path, config: RunFolder) -> None:
         raise ConfigError("run.dir", str(path), "is a file", "Name a folder that does not exist yet.")
     try:
         names = {entry.name for entry in path.iterdir()} - {LOCK}
+        if "logs" in names and all(log.name.startswith("launcher") for log in (path / "logs").iterdir()):
+            names.remove("logs")  # launchers of several nodes write before rank 0 makes the run
     except OSError as error:
         raise _refused(path, error) from error
     if not names:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHER_LOG = "launcher.log"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run_ranks(
     Args:
         ranks: how many.
         launch: of the run.
-        run_dir: the run folder; the launcher writes ``logs/launcher.log`` there.
+        run_dir: the run folder; the launcher's own words go to its ``logs/`` (`launcher_log`).
         target: module and arguments of each rank.
         lock: descriptor to hand to the launcher, so that the folder stays locked while ranks live.
         terminal: where rank 0 speaks to people; None for this process's standard output.
@@ -112,8 +112,9 @@ def run_ranks(
         "OMP_NUM_THREADS": str(ranks.threads),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    log_path = run_dir / "logs" / LAUNCHER_LOG
+    log_path = launcher_log(run_dir, ranks.nnodes)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = read_status(run_dir)
     start = log_path.stat().st_size if log_path.exists() else 0
     parent = os.getpid()
     with _Signals() as signals, open(log_path, "ab") as log:
@@ -135,7 +136,10 @@ def run_ranks(
     with open(log_path, encoding="utf-8", errors="replace") as lines:
         lines.seek(start)
         said = lines.read()
-    return conclude(run_dir, process.returncode, said, stop, launch)
+    status = read_status(run_dir)
+    if status == earlier:  # of an earlier start: this one's ranks have said nothing
+        status = None
+    return conclude(run_dir, process.returncode, said, stop, launch, status)
 
 
 Stop = Literal["none", "asked", "late", "at_once"]
@@ -212,7 +216,9 @@ def first_failure(said: str) -> Failure | None:
     return Failure(int(found[1]), int(found[2])) if found else None
 
 
-def conclude(run_dir: Path, returncode: int, said: str, stop: Stop, launch: LaunchConfig) -> Status:
+def conclude(
+    run_dir: Path, returncode: int, said: str, stop: Stop, launch: LaunchConfig, status: Status | None
+) -> Status:
     """How the ranks ended, from what they and the launcher left behind; written to `status.json` where it is not there.
 
     Args:
@@ -221,8 +227,9 @@ def conclude(run_dir: Path, returncode: int, said: str, stop: Stop, launch: Laun
         said: what the launcher wrote.
         stop: whether this process was asked to stop.
         launch: of the run.
+        status: what the ranks wrote; None where they wrote nothing.
     """
-    status, failure = read_status(run_dir), first_failure(said)
+    failure = first_failure(said)
     if returncode == 0:
         return status or write_status(run_dir, "done", "All ranks ended well.")
     if stop == "at_once":
@@ -281,7 +288,6 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
     """Torchrun ended without a rank to blame: mostly it could not meet the others."""
     text = said.strip().splitlines()
     last = text[-1] if text else "torchrun ended without a word"
-    log = run_dir / "logs" / LAUNCHER_LOG
     if re.search(r"EADDRINUSE|[Aa]ddress already in use", said):
         message = f"launch.rendezvous = {launch.rendezvous!r} is taken by another program."
         remedy = "Set launch.rendezvous to a free port of the first node."
@@ -290,7 +296,9 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
         message = f"The nodes did not meet at launch.rendezvous = {launch.rendezvous!r}: {last}"
         remedy = "See that all nodes run the same command, and that they reach the first node's address and port."
         return write_status(run_dir, "io", message, what_to_do=remedy)
-    return write_status(run_dir, "bug", f"The launcher failed: {last}", what_to_do=f"See {log}.")
+    return write_status(
+        run_dir, "bug", f"The launcher failed: {last}", what_to_do=f"See {launcher_log(run_dir, launch.nnodes)}."
+    )
 
 
 def last_good_checkpoint(run: Path) -> Path | None:
@@ -308,6 +316,11 @@ def last_good_checkpoint(run: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def launcher_log(run_dir: Path, nnodes: int) -> Path:
+    """Where torchrun's own words go; a file per node, because nodes share the folder."""
+    return run_dir / "logs" / ("launcher.log" if nnodes == 1 else f"launcher_{socket.gethostname()}.log")
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:

@@ -91,8 +91,9 @@ def _decide(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
     from moedist.launch.folder import claim_folder
     from moedist.launch.validate import validate
 
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
-        composed = compose(overrides)
+        composed = compose([*overrides, "run.resume=auto"] if restarted else overrides)
         validate(composed.config, composed.mapping, world_size)
         claim = claim_folder(composed.config.run, composed.mapping)  # locked until this process ends
     except ConfigError as error:

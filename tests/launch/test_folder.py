@@ -68,6 +68,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path):
     for resume in ("never", "auto"):
         with pytest.raises(ConfigError, match="is not empty and holds no run"):
             claim_folder(RunFolder(dir=str(tmp_path), resume=resume), MAPPING)
+    (tmp_path / "nodes" / "logs").mkdir(parents=True)
+    (tmp_path / "nodes" / "logs" / "launcher_a.log").touch()
+    claim_folder(RunFolder(dir=str(tmp_path / "nodes")), MAPPING).release()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
         claim_folder(RunFolder(dir=str(tmp_path / "file")), MAPPING)

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from moedist.launch.start import Ranks, run_ranks
-launch = SimpleNamespace(stop_after_s=float(sys.argv[3]), max_restarts=0)
+launch = SimpleNamespace(stop_after_s=float(sys.argv[3]), max_restarts=0, nnodes=1)
 status = run_ranks(Ranks(2, 1, 1), launch, Path(sys.argv[2]), ["tests.launch.rank_stub", sys.argv[1], sys.argv[2]])
 assert "torch" not in sys.modules, "the launching process needs no torch"
 sys.exit(status.exit_code)
@@ -97,6 +97,14 @@ def test_ranks_that_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert capfd.readouterr().out.strip() == "rank 0 speaks to the terminal"
 
 
+def test_the_status_of_an_earlier_start_is_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_status(tmp_path, "nonfinite", "Long ago.")
+    monkeypatch.setattr("moedist.launch.start.torchrun_command", lambda *args: ["false"])
+    status = run_stub("end", tmp_path)
+    assert (status.reason, status.message) == ("bug", "The launcher failed: torchrun ended without a word")
+    assert "launcher.log" in status.what_to_do
+
+
 def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     checkpoint = make_checkpoint(tmp_path, 40)
@@ -111,7 +119,7 @@ def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_rank_that_raises(tmp_path: Path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_12.log").write_text("Traceback ...\nRuntimeError: it breaks\n\n")
-    status = conclude(tmp_path, 1, REPORT.format(code=1), "none", LaunchConfig())
+    status = conclude(tmp_path, 1, REPORT.format(code=1), "none", LaunchConfig(), read_status(tmp_path))
     assert (status.reason, status.exit_code, status.rank) == ("bug", 5, 12)
     assert status.message == "Rank 12 failed (exit code 1): RuntimeError: it breaks"
     assert "rank_12.log" in status.what_to_do
@@ -198,7 +206,7 @@ def test_first_failure_is_the_root_cause():
 )
 def test_launchers_that_fail(tmp_path: Path, said: str, reason: str, exit_code: int, words: str):
     launch = LaunchConfig(nnodes=2, rendezvous="node:29400")
-    status = conclude(tmp_path, 1, said, "none", launch)
+    status = conclude(tmp_path, 1, said, "none", launch, read_status(tmp_path))
     assert (status.reason, status.exit_code) == (reason, exit_code)
     assert words in status.message
     assert status.what_to_do
@@ -206,18 +214,21 @@ def test_launchers_that_fail(tmp_path: Path, said: str, reason: str, exit_code: 
 
 def test_what_ranks_said_is_kept_except_who_was_killed(tmp_path: Path):
     write_status(tmp_path, "nonfinite", "A NaN in layer 3.", rank=2, step=7)
-    assert conclude(tmp_path, 1, REPORT.format(code=5), "none", LaunchConfig()).message == "A NaN in layer 3."
+    assert (
+        conclude(tmp_path, 1, REPORT.format(code=5), "none", LaunchConfig(), read_status(tmp_path)).message
+        == "A NaN in layer 3."
+    )
     write_status(tmp_path, "peer_lost", "Rank 0 lost a peer.", rank=0, step=7)
-    status = conclude(tmp_path, 1, REPORT.format(code=-9), "none", LaunchConfig())
+    status = conclude(tmp_path, 1, REPORT.format(code=-9), "none", LaunchConfig(), read_status(tmp_path))
     assert (status.reason, status.rank, status.step) == ("peer_lost", 12, 7)
     write_status(tmp_path, "done", "All steps done.")
-    status = conclude(tmp_path, 1, REPORT.format(code=1), "none", LaunchConfig())
+    status = conclude(tmp_path, 1, REPORT.format(code=1), "none", LaunchConfig(), read_status(tmp_path))
     assert (status.reason, status.exit_code) == ("bug", 5)
     assert "after the run was done" in status.message
 
 
 def test_stopped_before_the_first_step(tmp_path: Path):
-    status = conclude(tmp_path, 1, REPORT.format(code=-15), "asked", LaunchConfig())
+    status = conclude(tmp_path, 1, REPORT.format(code=-15), "asked", LaunchConfig(), None)
     assert (status.reason, status.exit_code) == ("preempted", 75)
 
 

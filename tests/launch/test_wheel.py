@@ -35,7 +35,9 @@ def test_the_wheel_carries_conf_types_and_the_command(installed: Path):
 
 def test_it_works_outside_the_checkout(installed: Path, tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    code = "import moedist, sys; print(moedist.__file__); from moedist.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import moedist, sys; print(moedist.__file__); from moedist.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", code, "train", "--dry-run", "mesh.ep=4"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
