@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -31,6 +33,8 @@ exit codes:
   5 a rank failed   75 preempted and saved: start it again with run.resume=auto
 """
 
+STARTED_AT = "MOEDIST_STARTED_AT"
+"""Tells the ranks when the user's command began, seconds since the epoch."""
 NOT_COMMANDS = {"__main__", "main"}
 
 
@@ -66,6 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    os.environ.setdefault(STARTED_AT, str(time.time()))
     args = parse(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _show_warning
     try:

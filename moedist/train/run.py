@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import yaml
 
-from moedist.config import to_mapping
 from moedist.data.check import open_data
 from moedist.data.contract import Source
 from moedist.data.yardstick import bigram_cross_entropy
@@ -59,7 +59,7 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
         found = find_checkpoint(config, store)
         progress = Progress(run_id=choose_run_id(found, run_dir, mesh))
         meta = {
-            "config": to_mapping(config),
+            "config": written_config(run_dir),
             "data_fingerprint": source.fingerprint,
             "layout": {"world": mesh.dp.size, "ep": mesh.ep.size, "device": mesh.device.type},
         }
@@ -99,6 +99,12 @@ def eval_rank(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, te
             print(f"step {meta['step']}  held-out loss {loss:.4f} nats per token", file=terminal or sys.stdout)
         end.at("done", f"Step {meta['step']}: held-out loss {loss:.4f} nats per token.")
     return end.exit_code
+
+
+def written_config(run_dir: Path) -> Mapping[str, Any]:
+    """The configuration as the run folder holds it, values from the environment unresolved: what may be shown."""
+    written: Mapping[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return written
 
 
 def make_watchdog(config: RunConfig, run_dir: Path, mesh: Mesh) -> Watchdog:
@@ -154,7 +160,7 @@ def open_log(config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, t
         name=config.run.name,
         run_id=progress.run_id,
         resumed_step=progress.step,
-        config=to_mapping(config),
+        config=written_config(run_dir),
         num_steps=config.train.steps,
         device=f"{mesh.dp.size} x {mesh.device.type}",
         max_expert_keys=config.log.max_expert_keys,
@@ -186,6 +192,10 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
             f"note   drop_policy {capacity.drop_policy} in groups of a {capacity.group}: a later token can evict an "
             f"earlier one in training; generation and `moedist eval` drop nothing"
         )
+    moe = config.moe
+    note = moe.dispatch.note(moe.num_experts, moe.router.experts_per_token(moe.num_experts), moe.capacity.dropless)
+    if note is not None:
+        log.say(f"note   {note}")
     if found is not None:
         log.say(f"resume {found}")
 

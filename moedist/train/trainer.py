@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -92,6 +93,8 @@ class Trainer:
         )
         self.seconds, self.seconds_tokens = 0.0, 0
         self.grad_norm = math.nan
+        started_at = os.environ.get("MOEDIST_STARTED_AT")
+        self.waiting_since = None if started_at is None else float(started_at)
         self.peak_flops: float | None = None
         self.eval_loss: float | None = None
         self.last_record: Mapping[str, Value] = {}
@@ -155,6 +158,9 @@ class Trainer:
                 if train.checkpoint_every is not None or progress.step > 0:
                     self.save(log)
                 return False
+            if self.waiting_since is not None:
+                log.say(f"first step done {time.time() - self.waiting_since:.1f} s after the start")
+                self.waiting_since = None
             last = progress.step == train.steps
             evaluates = due(train.eval_every, progress.step, last)
             if evaluates:

@@ -44,6 +44,10 @@ class Dispatcher(Protocol):
 class DispatchConfig(Choice, path="moe.dispatch"):
     """One way to move rows."""
 
+    def note(self, num_experts: int, experts_per_token: int, dropless: bool) -> str | None:
+        """What a user should know of the cost of this choice, as a sentence; None for nothing."""
+        return None
+
     def build(self, placement: Placement, ep: Axis) -> Dispatcher:
         """A dispatcher over the axis ``ep``, whose ranks hold experts as ``placement`` says."""
         raise NotImplementedError

@@ -24,6 +24,15 @@ class PaddedConfig(DispatchConfig):
     invalid). Without a limit C = T: every expert gets room for all tokens, E / (K * factor) times the rows of a factor.
     """
 
+    def note(self, num_experts: int, experts_per_token: int, dropless: bool) -> str | None:
+        """Without a limit, rows for all tokens at every expert."""
+        if not dropless:
+            return None
+        return (
+            f"padded dispatch without a capacity limit gives every expert room for all tokens: "
+            f"{num_experts / experts_per_token:g} times the rows that are used; all_to_all sends those alone"
+        )
+
     def build(self, placement: Placement, ep: Axis) -> PaddedDispatcher:  # noqa: D102
         require(
             len(set(placement.sizes)) == 1,
