@@ -15,6 +15,9 @@ from moedist.data.packing import PackedStream
 from moedist.model.batch import TokenBatch
 
 
+VALID_SEED = 0
+
+
 class Loader(Iterator[list[TokenBatch]]):
     """This rank's micro-batches, one list of ``accumulation`` per step.
 
@@ -24,9 +27,9 @@ class Loader(Iterator[list[TokenBatch]]):
     that stops at sample n and goes on at ``start_sample=n`` sees what it would have seen, at any number of ranks.
 
     ``train`` never ends: each epoch is a shuffle of all full samples by (seed, epoch); the last tokens of the stream,
-    fewer than S + 1, are left out. ``valid`` runs once through the held-out part in its own order, the last short
-    sample included: every target counts exactly once, and every rank gets the same number of steps, those past the
-    end being padding.
+    fewer than S + 1, are left out. ``valid`` runs once through the held-out part, the last short sample included: every
+    target counts exactly once, and every rank gets the same number of steps, those past the end being padding. Its
+    order is one fixed shuffle, so that its first steps stand for the whole.
 
     The next step is built in a thread while this one is used; `next_sample` counts what was taken, not what was built.
 
@@ -96,7 +99,11 @@ class Loader(Iterator[list[TokenBatch]]):
 
     def _micro_batch_of(self, first: int) -> TokenBatch:
         order_B = np.arange(first, first + self._micro_batch, dtype=np.int64)
-        sample_B = shuffled(order_B, self.num_samples, self.seed) if self.split == "train" else order_B
+        if self.split == "train":
+            sample_B = shuffled(order_B, self.num_samples, self.seed)
+        else:  # places past the end stay there: they are padding
+            inside_B = np.minimum(order_B, self.num_samples - 1)
+            sample_B = np.where(order_B == inside_B, shuffled(inside_B, self.num_samples, VALID_SEED), order_B)
         batch = self._stream.batch(sample_B, order_B)
         return _pinned(batch) if self._pin_memory else batch
 

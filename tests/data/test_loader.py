@@ -122,3 +122,13 @@ def test_documents_are_kept_apart_or_not() -> None:
     (crossing,) = next(Loader(source_of(stream), "train", cross_documents=True, **options))
     assert apart.document_BS is not None and (apart.target_BS == IGNORE).any()
     assert crossing.document_BS is None and not (crossing.target_BS == IGNORE).any()
+
+
+def test_first_steps_of_an_evaluation_stand_for_the_whole_and_are_always_the_same() -> None:
+    def first_samples() -> list[int]:
+        loader = Loader(counting(2000), "valid", sequence_length=S, micro_batch=8)
+        return [int(token) // S for token in next(loader)[0].token_BS[:, 0]]
+
+    samples = first_samples()
+    assert samples == first_samples()
+    assert max(samples) - min(samples) > 2000 // S // 2, "a run of neighbours says little of the rest"
