@@ -1,0 +1,1 @@
+"""The loop of one rank, from its configuration to its exit code."""

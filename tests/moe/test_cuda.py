@@ -39,7 +39,8 @@ def run(layer: MoELayer, x_TD: torch.Tensor, ctx: TokenContext) -> list[torch.Te
     output = layer(x_TD, ctx)
     loss = output.out_TD.float().square().sum() + output.report.losses["switch"] + output.report.losses["z_loss"]
     loss.backward()
-    return [output.out_TD.detach(), x_TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    grads = [x_TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [value.detach().clone() for value in (output.out_TD, *grads)]
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHERS, ids=lambda config: config.kind)

@@ -1,0 +1,1 @@
+"""Losses that keep experts evenly used."""

@@ -1,0 +1,1 @@
+"""How rows reach their experts and come back."""

@@ -1,0 +1,1 @@
+"""Who proposes which expert takes which token."""

@@ -1,0 +1,1 @@
+"""How learning rates follow the step."""
