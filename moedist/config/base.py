@@ -12,9 +12,6 @@ from moedist.config.errors import ConfigError
 class Config:
     """The parent of every config: a frozen dataclass whose ``__post_init__`` raises `ConfigError`."""
 
-    # Read by the decoder (moedist.launch.decode): unknown keys and silently converted types are errors.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Config):
