@@ -107,7 +107,7 @@ class StackedFFN(Experts):
     def keep(self, expert_ids: Sequence[int]) -> None:
         """Slices every weight to the given experts."""
         place = {expert: index for index, expert in enumerate(self.expert_ids)}
-        index = torch.tensor([place[expert] for expert in expert_ids])
+        index = torch.tensor([place[expert] for expert in expert_ids], dtype=torch.int64)
         for name, value in list(self.named_parameters(recurse=False)):
             assert not isinstance(value, DTensor), "keep experts before sharding them"
             kept = value.detach().index_select(0, index.to(value.device))
@@ -140,7 +140,10 @@ def run_one_by_one(experts: StackedFFN, x_RD: Tensor, gate_R: Tensor, sizes: Seq
     """
     names = [name for name in StackedFFN.NAMES if experts.weight(name) is not None]
     dtype = x_RD.dtype
-    unbound = {name: experts.weight(name).to(dtype).unbind(0) for name in names}  # type: ignore[union-attr]
+    weights = {name: experts.weight(name).to(dtype) for name in names}  # type: ignore[union-attr]
+    if not experts.expert_ids:  # a rank without experts: its empty weights take part all the same
+        return x_RD + torch.stack([weight.sum() for weight in weights.values()]).sum()
+    unbound = {name: weight.unbind(0) for name, weight in weights.items()}
     outputs = []
     for index, (x, weight_of_row) in enumerate(zip(x_RD.split(list(sizes)), gate_R.split(list(sizes)), strict=True)):
         part = {name: unbound[name][index] for name in names}
@@ -152,7 +155,7 @@ def run_one_by_one(experts: StackedFFN, x_RD: Tensor, gate_R: Tensor, sizes: Seq
         if "down_bias" in part:
             output = output + (weight_of_row[:, None] * part["down_bias"]).to(dtype)
         outputs.append(output)
-    return torch.cat(outputs) if outputs else x_RD
+    return torch.cat(outputs)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

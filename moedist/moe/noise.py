@@ -49,7 +49,8 @@ def draw_uniform(ctx: TokenContext, num_columns: int, *, layer: int, stream: int
     state_T = _mix(state_T + _GOLDEN * (ctx.position_T + 1))
     column = torch.arange(1, num_columns + 1, device=state_T.device)
     state_TN = _mix(state_T[:, None] + _GOLDEN * column)
-    return (_shift(state_TN, 11).double() + 0.5) * 2.0**-53
+    # 52 bits, because a half more than 53 of them would round to an end of the interval.
+    return (_shift(state_TN, 12).double() + 0.5) * 2.0**-52
 
 
 def draw_normal(ctx: TokenContext, num_columns: int, *, layer: int, stream: int) -> Tensor:

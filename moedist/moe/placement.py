@@ -17,13 +17,29 @@ class Placement:
 
     Attributes:
         expert_ids: per rank, the logical ids it holds; every expert on exactly one rank, ranks may hold unlike numbers.
+        num_experts: E.
+        sizes: experts per rank.
+        expert_of_slot: logical ids in the order of slots.
+        identity: whether slot numbers are the logical ids.
     """
 
     expert_ids: tuple[tuple[int, ...], ...]
+    # Derived at once: torch.compile cannot trace the lock of a cached property.
+    num_experts: int = dataclasses.field(init=False, repr=False, compare=False)
+    sizes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    expert_of_slot: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    identity: bool = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        held = sorted(expert for ids in self.expert_ids for expert in ids)
-        assert held == list(range(len(held))), f"every expert lives on exactly one rank, got {self.expert_ids}"
+        expert_of_slot = tuple(expert for ids in self.expert_ids for expert in ids)
+        in_order = tuple(range(len(expert_of_slot)))
+        assert tuple(sorted(expert_of_slot)) == in_order, (
+            f"every expert lives on exactly one rank, got {self.expert_ids}"
+        )
+        object.__setattr__(self, "num_experts", len(expert_of_slot))
+        object.__setattr__(self, "sizes", tuple(len(ids) for ids in self.expert_ids))
+        object.__setattr__(self, "expert_of_slot", expert_of_slot)
+        object.__setattr__(self, "identity", expert_of_slot == in_order)
 
     @classmethod
     def in_order(cls, num_experts: int, size: int) -> Placement:
@@ -35,26 +51,6 @@ class Placement:
         assert num_experts % size == 0, f"{num_experts} experts on {size} ranks"
         each = num_experts // size
         return cls(tuple(tuple(range(rank * each, (rank + 1) * each)) for rank in range(size)))
-
-    @functools.cached_property
-    def num_experts(self) -> int:
-        """E."""
-        return sum(self.sizes)
-
-    @functools.cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Experts per rank."""
-        return tuple(len(ids) for ids in self.expert_ids)
-
-    @functools.cached_property
-    def expert_of_slot(self) -> tuple[int, ...]:
-        """Logical ids in the order of slots."""
-        return tuple(expert for ids in self.expert_ids for expert in ids)
-
-    @functools.cached_property
-    def identity(self) -> bool:
-        """Whether slot numbers are the logical ids."""
-        return self.expert_of_slot == tuple(range(self.num_experts))
 
     def slots_first(self, value_E: Tensor) -> Tensor:
         """[E, ...] by logical id -> by slot."""

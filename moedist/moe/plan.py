@@ -25,7 +25,8 @@ class CapacityConfig(Config):
     """How many pairs an expert takes from one capacity group, and which.
 
     The limit of a group with ``t`` valid tokens is ``max(min_capacity, ceil(factor * t * K / E))``, never above ``t``,
-    in exact integer arithmetic on the factor as the decimal that was written.
+    in exact integer arithmetic on the factor as the decimal that was written (beyond six decimals the nearest fraction of a
+    denominator up to 10^6, so that 4/3 is 4/3 and int64 holds every product).
 
     Attributes:
         factor: multiple of the even share ``t * K / E``; None takes every pair (dropless).
@@ -76,7 +77,7 @@ class CapacityConfig(Config):
             return Limit(Fraction(0), self.expert_capacity)
         factor = self.factor if training or self.eval_factor == "train" else self.eval_factor
         assert not isinstance(factor, str)
-        return None if factor is None else Limit(Fraction(str(factor)), self.min_capacity)
+        return None if factor is None else Limit(Fraction(str(factor)).limit_denominator(10**6), self.min_capacity)
 
     @property
     def dropless(self) -> bool:

@@ -49,12 +49,13 @@ class SwitchLoss(BalanceLoss):
             asked_BE = count(pair_N, ctx.num_sequences * self.num_experts, ctx.valid_T[routing.token_N])
             asked_GE = asked_BE.view(-1, self.num_experts)
             # [B, E] sums of probabilities: what index_add would give, without its order of adding.
-            mass_GE = probs_TE.view(ctx.num_sequences, -1, self.num_experts).sum(1)
+            length = probs_TE.shape[0] // max(ctx.num_sequences, 1)
+            mass_GE = probs_TE.view(ctx.num_sequences, length, self.num_experts).sum(1)
         else:
             asked_E = plan.asked_E
             if self.scope == "global":
                 with torch.no_grad():
                     asked_E = all_sum(asked_E.clone(), self.dp)
             asked_GE, mass_GE = asked_E[None], probs_TE.sum(0)[None]
-        share_GE = asked_GE / asked_GE.sum(1, keepdim=True).clamp_min(1)
-        return (share_GE.to(mass_GE.dtype) * mass_GE).sum() * self.num_experts * per_token(ctx)
+        share_GE = asked_GE.to(mass_GE.dtype) / asked_GE.sum(1, keepdim=True).clamp_min(1)
+        return (share_GE * mass_GE).sum() * self.num_experts * per_token(ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,18 @@ def qualifies(dtype: torch.dtype, *widths: int) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """The identity; lays its gradient out in memory, because grouped_mm's backward refuses an expanded one."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor) -> Tensor:
+        return y_RD.view_as(y_RD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> Tensor:
+        return grad_RD.contiguous()
+
+
 class GroupedExperts(StackedFFN):
     """One matrix product per weight for all experts."""
 
@@ -53,7 +66,7 @@ class GroupedExperts(StackedFFN):
                 y = torch.bmm(x.view(len(rows.sizes), -1, x.shape[1]), weight.to(dtype)).view(num_rows, -1)
             else:
                 # The rows end where the last expert's do: past that, grouped_mm leaves its output uninitialised.
-                y = F.grouped_mm(x, weight.to(dtype), offs=rows.ends_e)
+                y = ContiguousGradient.apply(F.grouped_mm(x, weight.to(dtype), offs=rows.ends_e))
             return y if bias is None or name == "down" else y + self.of_rows(bias, rows).to(dtype)
 
         up, gate = multiply(x_RD, "up"), multiply(x_RD, "gate")
