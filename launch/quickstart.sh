@@ -20,24 +20,9 @@ fi
 prepare_venv
 
 # A signal to this script is for the training, which saves and leaves; the script then ends with its exit code.
-SECONDS=0
-signalled=""
 trap 'signalled=yes; kill -TERM "$training" 2>/dev/null || true' INT TERM
 "$VENV/bin/moedist" train experiment=tiny_cpu "$@" &
 training=$!
-
-first_step=""
-heartbeat="$run_dir/logs/heartbeat_0.json"
-if [[ ! -e $run_dir ]]; then
-    while [[ -z $first_step ]] && kill -0 "$training" 2>/dev/null; do
-        if grep -qs '"step": [1-9]' "$heartbeat"; then
-            first_step=$SECONDS
-        else
-            sleep 0.5 || true
-        fi
-    done
-fi
-
 code=0
 while :; do
     signalled=""
@@ -45,19 +30,22 @@ while :; do
     [[ -n $signalled ]] || break
 done
 [[ $code == 0 ]] || exit "$code"
-[[ -e $run_dir ]] || exit 0 # --help and the like
+[[ -f $run_dir/config.yaml ]] || exit 0 # it only looked: --help, --cfg job, --dry-run
 
 moedist="$VENV/bin/moedist"
 [[ $moedist != "$PWD"/* ]] || moedist="${moedist#"$PWD"/}"
-[[ -z $first_step ]] || echo "first step     done about $first_step s after the start"
 cat <<END
+
 metrics        $run_dir/metrics.jsonl
 checkpoints    $run_dir/checkpoints
 configuration  $run_dir/config.yaml
 logs           $run_dir/logs
 
 What to try next:
-  $moedist eval $run_dir                        # its held-out loss without a capacity limit
-  $moedist train data=text 'data.files=*.md'    # your own text, any files
-  $moedist train --cfg job                      # every key of the configuration
+  # the held-out loss of what was trained, without a capacity limit
+  $moedist eval $run_dir
+  # your own text
+  $moedist train data=text 'data.files=*.md'
+  # every key of the configuration
+  $moedist train --cfg job
 END

@@ -1,0 +1,121 @@
+"""What the documentation points at is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moedist.cli.main import parse
+from moedist.launch.choices import list_choices
+from moedist.launch.compose import compose, compose_yaml, default_mapping, find_groups
+from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
+from moedist.train.config import RunConfig
+from tests.docs.pages import PAGES, ROOT, blocks, name_of, prose, quoted
+
+GROUPS = {group.name: group for group in find_groups()}
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def keys_of(mapping: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in mapping.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{name}.")
+
+
+def known_keys() -> set[str]:
+    """Every key of the configuration, whatever is chosen."""
+    keys = set(keys_of(default_mapping(RunConfig, ""), ""))
+    for group in GROUPS.values():
+        for kind, choice in list_choices(group.base).items():
+            place = f"{group.key}.{kind}" if group.many else group.key
+            keys |= {group.key, place, f"{place}.kind", *keys_of(default_mapping(choice, group.base.path), f"{place}.")}
+    return keys
+
+
+def known_metrics() -> set[str]:
+    zeros_LE = torch.zeros(1, 2, dtype=torch.int64)
+    moe = MoEStep([0], ["switch", "z_loss"], torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 2, 2), zeros_LE)
+    train = train_metrics(
+        step=1,
+        loss=0.0,
+        tokens=1,
+        tokens_per_s=1.0,
+        learning_rates={"router": 0.0, "experts": 0.0, "other": 0.0},
+        grad_norm=0.0,
+        memory_gib=0.0,
+        flops_per_token=1.0,
+        peak_flops=1.0,
+    )
+    return {"eval/loss", *train, *moe_metrics(moe, 1, 100)}
+
+
+KEYS, METRICS = known_keys(), known_metrics()
+FIELDS = {key for key in KEYS if "." not in key}
+
+
+@each_page
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    for link in links:
+        path = page.parent / link.partition("#")[0]
+        assert path.exists(), f"{name_of(page)} links to {link}"
+        assert path.resolve().is_relative_to(ROOT), f"{name_of(page)} links out of the repository: {link}"
+
+
+@each_page
+def test_quoted_keys_exist(page: Path):
+    for text in quoted(page):
+        key = text.partition("=")[0]
+        if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", key) and key.partition(".")[0] in FIELDS:
+            assert key in KEYS, f"{name_of(page)} speaks of {key}"
+
+
+@each_page
+def test_quoted_choices_and_metrics_exist(page: Path):
+    for text in quoted(page):
+        name, _, kind = text.partition("=")
+        if re.fullmatch(r"(moe|model|train|log|eval)(/\w+)+", name) and not (ROOT / name).exists():
+            if kind:
+                assert name in GROUPS, f"{name_of(page)} speaks of {text}"
+                if kind != "hash":  # the example of docs/adding.md
+                    assert kind in list_choices(GROUPS[name].base), f"{name_of(page)} speaks of {text}"
+            else:
+                metric = re.sub(r"layer_NN", "layer_00", name)
+                found = metric in METRICS or name in GROUPS or metric == "moe/layer_00" or "/expert_" in name
+                assert found, f"{name_of(page)} speaks of {name}"
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@each_page
+def test_commands_are_understood(page: Path):
+    for command in commands(page):
+        if command[0] != "moedist":
+            assert os.access(ROOT / command[0], os.X_OK), f"{name_of(page)} runs {command[0]}"
+            continue
+        args = parse(command[1:])
+        overrides = getattr(args, "overrides", [])
+        if any(text.startswith("plugins=") for text in overrides):
+            continue  # tests/docs/test_adding.py runs it
+        if args.command == "train":
+            compose_yaml(overrides) if args.cfg else compose(overrides)
+        for text in overrides:
+            key = text.lstrip("~+").partition("=")[0]
+            assert key in KEYS or key in GROUPS or key == "experiment", f"{name_of(page)}: {shlex.join(command)}"
+
+
+def test_every_part_has_its_line_in_adding():
+    text = (ROOT / "docs" / "adding.md").read_text()
+    for group in GROUPS.values():
+        assert f"`{group.base.__name__}`" in text, f"docs/adding.md does not say how to add a {group.name}"
