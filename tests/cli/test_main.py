@@ -95,7 +95,8 @@ def test_multirun_is_refused(capsys: Output):
 
 def test_dry_run_makes_nothing(tmp_path: Path, started: list, capsys: Output):
     folder = tmp_path / "run"
-    argv = ["train", "--dry-run", "--json", *QUICK, f"run.dir={folder}", "mesh.ep=4", "train.global_batch_tokens=16384"]
+    argv = ["train", "--dry-run", "--json", *QUICK, f"run.dir={folder}", "mesh.ep=4"]
+    argv += ["train.global_batch_tokens=16384", "train.micro_batch=8", "train.sequence_length=256"]
     assert main(argv) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["folder"], plan["ranks"], plan["ep"], plan["edp"], plan["accumulation"]) == (str(folder), 4, 4, 1, 2)
