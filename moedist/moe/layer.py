@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moedist.config import Config, ConfigError, require
 from moedist.mesh import Axis
-from moedist.moe.balance.contract import BalanceConfig, BalanceLoss
+from moedist.moe.balance.contract import BalanceConfig, BalanceLoss, per_token
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.bank.contract import BankConfig
@@ -151,11 +151,11 @@ class MoELayer(nn.Module):
         losses = {name: loss(routing, plan, ctx) for name, loss in self.balance.items()} if ctx.training else {}
         with torch.no_grad():
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
-            scale = max(math.log(self.config.num_experts), 1e-30) * ctx.num_tokens.clamp_min(1)
+            largest = max(math.log(self.config.num_experts), 1e-30)
             return MoEReport(
                 losses=losses,
                 coefficients={name: self.config.balance[name].coefficient for name in losses},
-                router_entropy=entropy_T.sum() / scale,
+                router_entropy=per_token(entropy_T.sum(), ctx) / largest,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
             )

@@ -50,6 +50,6 @@ class BalanceConfig(Choice, path="moe.balance"):
         raise NotImplementedError
 
 
-def per_token(ctx: TokenContext) -> Tensor:
-    """0-dim: 1 / valid tokens of the step's global batch; of an empty batch 1, so that its losses are 0."""
-    return 1 / ctx.num_tokens.clamp_min(1)
+def per_token(total: Tensor, ctx: TokenContext) -> Tensor:
+    """``total`` / valid tokens of the step's global batch, in the dtype of ``total``; an empty batch divides by 1."""
+    return total / ctx.num_tokens.clamp_min(1)

@@ -58,4 +58,4 @@ class SwitchLoss(BalanceLoss):
                     asked_E = all_sum(asked_E.clone(), self.dp)
             asked_GE, mass_GE = asked_E[None], probs_TE.sum(0)[None]
         share_GE = asked_GE.to(mass_GE.dtype) / asked_GE.sum(1, keepdim=True).clamp_min(1)
-        return (share_GE * mass_GE).sum() * self.num_experts * per_token(ctx)
+        return self.num_experts * per_token((share_GE * mass_GE).sum(), ctx)

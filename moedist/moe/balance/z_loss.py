@@ -28,4 +28,4 @@ class ZLoss(BalanceLoss):
     def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
         """``1 / T sum_t logsumexp(logits_t) ** 2``."""
         squared_T = routing.logits_TE.logsumexp(1).square()
-        return squared_T.masked_fill(~ctx.valid_T, 0).sum() * per_token(ctx)
+        return per_token(squared_T.masked_fill(~ctx.valid_T, 0).sum(), ctx)
