@@ -25,8 +25,8 @@ class CapacityConfig(Config):
     """How many pairs an expert takes from one capacity group, and which.
 
     The limit of a group with ``t`` valid tokens is ``max(min_capacity, ceil(factor * t * K / E))``, never above ``t``,
-    in exact integer arithmetic on the factor as the decimal that was written (beyond six decimals the nearest fraction of a
-    denominator up to 10^6, so that 4/3 is 4/3 and int64 holds every product).
+    in exact integer arithmetic on the factor as the decimal that was written (beyond six decimals the nearest fraction
+    with a denominator up to 10^6, so that 4/3 is 4/3 and int64 holds every product).
 
     Attributes:
         factor: multiple of the even share ``t * K / E``; None takes every pair (dropless).

@@ -16,7 +16,9 @@ from moedist.moe.router.topk import TopKConfig
 
 
 def routing_of(
-    expert_TK: Sequence[Sequence[int]] | Tensor, num_experts: int, gate_TK: Sequence[Sequence[float]] | Tensor | None = None
+    expert_TK: Sequence[Sequence[int]] | Tensor,
+    num_experts: int,
+    gate_TK: Sequence[Sequence[float]] | Tensor | None = None,
 ) -> Routing:
     """Token t's choices are ``expert_TK[t]``; the gates (1 / K each where not given) are the scores too."""
     expert = torch.as_tensor(expert_TK, dtype=torch.int64)

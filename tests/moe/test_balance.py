@@ -101,7 +101,9 @@ def test_padding_changes_no_loss(scope):
     """Pitfall 16."""
     generator = torch.Generator().manual_seed(3)
     logits_TE = torch.randn(8, 4, dtype=torch.float64, generator=generator)
-    padded_TE = torch.cat([logits_TE.view(2, 4, 4), torch.randn(2, 3, 4, generator=generator).double()], 1).flatten(0, 1)
+    padded_TE = torch.cat([logits_TE.view(2, 4, 4), torch.randn(2, 3, 4, generator=generator).double()], 1).flatten(
+        0, 1
+    )
     ctx = TokenContext.of_rows(2, 4)
     padded_ctx = TokenContext.of_rows(2, 7, valid_T=(torch.arange(14) % 7) < 4)
     values = [

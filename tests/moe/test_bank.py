@@ -100,6 +100,8 @@ def test_scaling_experts_over_ranks(ranks, ep, kind):
 def test_a_local_bank_is_for_one_rank():
     bank = LocalConfig().build(ScalingExperts(4), AllToAllConfig())
     bank.spread(Placement.in_order(4, 1), Axis("ep"))
-    with pytest.raises(ConfigError, match="kind = 'local' keeps all experts .* over 2. Set moe.bank.kind to dispatched"):
+    with pytest.raises(
+        ConfigError, match="kind = 'local' keeps all experts .* over 2. Set moe.bank.kind to dispatched"
+    ):
         LocalConfig().check_spread(2)
     DispatchedConfig().check_spread(2)

@@ -242,8 +242,10 @@ def gates_arrive(here: Here, kind: str) -> bool:
     x_TD = torch.stack([torch.full((16,), float(here.rank)), torch.arange(16.0)], 1).bfloat16()
     routing = routing_of([[t % 4] for t in range(16)], 4)
     routing = dataclasses.replace(routing, gate_N=gates_of(here.rank))
-    arrived = DISPATCHES[kind].build(Placement.in_order(4, 4), ep).dispatch(
-        x_TD, dropless(routing, TokenContext.of_rows(1, 16))
+    arrived = (
+        DISPATCHES[kind]
+        .build(Placement.in_order(4, 4), ep)
+        .dispatch(x_TD, dropless(routing, TokenContext.of_rows(1, 16)))
     )
     rows = arrived.rows
     used = rows.gate_R != 0

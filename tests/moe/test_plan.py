@@ -113,9 +113,7 @@ def test_limit_equals_fractions_for_every_small_count():
         for num_experts in (1, 3, 10, 64):
             for top_k in (1, 2, 3):
                 counts = torch.arange(0, 130)
-                expected = [
-                    min(t, max(1, -(-Fraction(factor) * t * top_k // num_experts))) for t in counts.tolist()
-                ]
+                expected = [min(t, max(1, -(-Fraction(factor) * t * top_k // num_experts))) for t in counts.tolist()]
                 assert limit.of_counts(counts, top_k, num_experts).tolist() == expected
                 assert [limit.of_shape(t, top_k, num_experts) for t in counts.tolist()] == expected
 
