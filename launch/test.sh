@@ -17,4 +17,5 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-exec pytest -m "not slow and not gpu" "$@"
+# Two workers, each file on one of them: a test of several ranks waits more than it computes.
+exec pytest -n 2 --dist loadfile -m "not slow and not gpu" "$@"
