@@ -21,8 +21,8 @@ def routing_of(
     """Token t's choices are ``expert_TK[t]``; the gates (1 / K each where not given) are the scores too."""
     expert = torch.as_tensor(expert_TK, dtype=torch.int64)
     num_tokens, top_k = expert.shape
-    gate = torch.full(expert.shape, 1 / top_k) if gate_TK is None else torch.as_tensor(gate_TK)
-    gate = gate.double()
+    gate = torch.full(expert.shape, 1 / top_k) if gate_TK is None else gate_TK
+    gate = torch.as_tensor(gate, dtype=torch.float64)
     probs_TE = torch.full((num_tokens, num_experts), 1 / num_experts, dtype=torch.float64)
     return Routing(
         token_N=torch.arange(num_tokens).repeat_interleave(top_k),
