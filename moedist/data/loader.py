@@ -14,7 +14,6 @@ from moedist.data.order import shuffled
 from moedist.data.packing import PackedStream
 from moedist.model.batch import TokenBatch
 
-
 VALID_SEED = 0
 
 

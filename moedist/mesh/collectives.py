@@ -54,7 +54,7 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group_name is None:
         return tensor[None].clone()
     gathered = tensor.new_empty((axis.size, *tensor.shape))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=axis.group)
+    dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=axis.group)
     return gathered
 
 

@@ -21,7 +21,8 @@ class CapacityConfig(Config):
     """How many pairs an expert takes from one capacity group, and which.
 
     The limit of a group with ``t`` valid tokens is ``max(min_capacity, ceil(factor * t * K / E))``, never above ``t``,
-    in exact integer arithmetic on the factor as the decimal that was written.
+    in exact integer arithmetic on the factor as the decimal that was written (beyond six decimals the nearest fraction
+    with a denominator up to 10^6, so that 4/3 is 4/3 and int64 holds every product).
 
     Attributes:
         factor: multiple of the even share ``t * K / E``; None takes every pair (dropless).
@@ -30,15 +31,18 @@ class CapacityConfig(Config):
         expert_capacity: a fixed limit per group instead of the factor's.
         eval_factor: the factor of evaluations during training; ``train`` for the same.
         min_capacity: lower bound of the limit.
-        base: what an even share is a share of: ``pairs`` (``t * K / E``) or ``tokens`` (``t / E``; Switch, GShard, ST-MoE).
-        rounding: ``ceil``, ``floor`` (Mesh TensorFlow) or ``ceil_float32`` (the product in fp32, as DeepSpeed takes it).
+        base: what an even share is a share of: ``pairs`` (``t * K / E``) or ``tokens`` (``t / E``; Switch, GShard,
+            ST-MoE).
+        rounding: ``ceil``, ``floor`` (Mesh TensorFlow) or ``ceil_float32`` (the product in fp32, as DeepSpeed takes
+            it).
         group: tokens that share one limit: ``rank`` (a rank's tokens of one micro-batch, as DeepSpeed and Megatron do)
             or ``sequence`` (one row).
         drop_policy: who stays at a full expert: ``probability`` (highest unbiased score, ties by position), ``gate``
-            (highest gate; Megatron), ``choice`` (all first choices in token order, then second ones; GShard, Lepikhin et
-            al. 2021), ``token`` (token order, a token's choices in order) or ``random``.
-        overflow: what becomes of the rest: ``drop`` leaves the token to the residual; ``next_best`` lets the pair ask, in
-            rounds, its token's best expert that it has not tried and that has room (one round per expert: slow at many).
+            (highest gate; Megatron), ``choice`` (all first choices in token order, then second ones; GShard, Lepikhin
+            et al. 2021), ``token`` (token order, a token's choices in order) or ``random``.
+        overflow: what becomes of the rest: ``drop`` leaves the token to the residual; ``next_best`` lets the pair ask,
+            in rounds, its token's best expert that it has not tried and that has room (one round per expert: slow at
+            many).
         renormalize_after_drop: whether a token's surviving gates are rescaled to the sum that its gates had before;
             ``one`` rescales to 1 (DeepSpeed).
     """
@@ -109,15 +113,11 @@ class CapacityConfig(Config):
     @property
     def causal(self) -> bool:
         """Whether no later token, and no neighbour in the batch, can evict an earlier one."""
-        return self.dropless or (
-            self.drop_policy == "token" and self.group == "sequence" and self.overflow == "drop"
-        )
+        return self.dropless or (self.drop_policy == "token" and self.group == "sequence" and self.overflow == "drop")
 
     def without_limit(self) -> CapacityConfig:
         """The same, dropless: evaluation of a finished model, generation, exports."""
-        return dataclasses.replace(
-            self, factor=None, final_factor=None, eval_factor="train", expert_capacity=None
-        )
+        return dataclasses.replace(self, factor=None, final_factor=None, eval_factor="train", expert_capacity=None)
 
 
 def exact(factor: float) -> Fraction:

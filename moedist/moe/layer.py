@@ -15,6 +15,7 @@ from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.bank.contract import BankConfig
 from moedist.moe.bank.dispatched import DispatchedConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.contract import DispatchConfig
@@ -24,7 +25,6 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import SharedExpert
 from moedist.moe.init import Draw, below, named_draw
 from moedist.moe.placement import Placement
-from moedist.moe.capacity import CapacityConfig
 from moedist.moe.plan import CapacityPlan, plan_capacity
 from moedist.moe.report import MoEReport
 from moedist.moe.router.contract import RouterConfig, Routing

@@ -165,7 +165,7 @@ def place_pairs(
 
 
 def order_key(routing: Routing, expert_N: Tensor, ctx: TokenContext, policy: str, layer: int) -> Tensor | None:
-    """int64 [N]: the pairs from the first to keep to the last, each asking ``expert_N``; None for the order they are in."""
+    """int64 [N]: the pairs from the first to keep to the last, each asking ``expert_N``; None for their own order."""
     if policy == "probability":
         return routing.score_TE.detach()[routing.token_N, expert_N].sort(descending=True, stable=True).indices
     if policy == "gate":
@@ -182,7 +182,7 @@ def order_key(routing: Routing, expert_N: Tensor, ctx: TokenContext, policy: str
 
 
 def bucket_of(expert_N: Tensor, counts_N: Tensor, groups: Groups, num_experts: int) -> Tensor:
-    """int64 [N]: (group, expert) as one number; pairs that don't count go to a bucket of their own behind all others."""
+    """int64 [N]: (group, expert) as one number; pairs that don't count go to a bucket of their own, the last."""
     return torch.where(counts_N, groups.group_N * num_experts + expert_N, groups.num * num_experts)
 
 

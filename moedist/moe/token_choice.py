@@ -25,13 +25,14 @@ ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 class GroupLimit(Config):
     """Group-limited selection: a token's experts come from its best few groups (DeepSeek-V2, section 2.2.2).
 
-    Groups are equal blocks of neighbouring experts. With as many groups as nodes, and experts placed in order, a group is
-    a node, and a token is sent to ``top_groups`` nodes at most.
+    Groups are equal blocks of neighbouring experts. With as many groups as nodes, and experts placed in order, a group
+    is a node, and a token is sent to ``top_groups`` nodes at most.
 
     Attributes:
         num_groups: how many groups the experts are cut into.
         top_groups: groups that a token may pick from.
-        score: a group's score: the sum of its two best experts' (``top2_sum``, DeepSeek-V3) or its best's (``max``, V2).
+        score: a group's score: the sum of its two best experts' (``top2_sum``, DeepSeek-V3) or its best's (``max``,
+            V2).
     """
 
     num_groups: int
@@ -81,8 +82,8 @@ class TokenChoiceConfig(RouterConfig):
     Attributes:
         mode: ``top_k``, or ``dense``: every token runs through every expert.
         top_k: experts per token (K).
-        score: what becomes of the logits: ``softmax`` over all experts, or for each expert alone ``sigmoid`` (DeepSeek-V3)
-            or ``sqrt_softplus`` (``sqrt(softplus(x))``).
+        score: what becomes of the logits: ``softmax`` over all experts, or for each expert alone ``sigmoid``
+            (DeepSeek-V3) or ``sqrt_softplus`` (``sqrt(softplus(x))``).
         renormalize: whether a token's gates sum to 1. None: yes for K >= 2, no for K = 1, where a renormalised gate is
             the constant 1 and the router would get no gradient from the task (Switch keeps the probability).
         scale: factor on all gates, after renormalising (DeepSeek-V3: 2.5).
@@ -105,9 +106,7 @@ class TokenChoiceConfig(RouterConfig):
         require(self.top_k >= 1, "top_k", self.top_k, "picks no expert", "Set it to 1 or more, or mode to dense.")
         require(self.noise_std >= 0, "noise_std", self.noise_std, "is negative", "Set it to 0 (none) or more.")
         require(self.scale > 0, "scale", self.scale, "is no factor on gates", "Set it above 0; 1 changes nothing.")
-        require(
-            0 <= self.input_jitter < 1, "input_jitter", self.input_jitter, "is no small share", "Set it in [0, 1)."
-        )
+        require(0 <= self.input_jitter < 1, "input_jitter", self.input_jitter, "is no small share", "Set it in [0, 1).")
         if self.mode == "top_k" and self.top_k == 1 and self.renormalize:
             warnings.warn(
                 "moe.router.renormalize = True with top_k = 1 makes every gate the constant 1: the router learns from "

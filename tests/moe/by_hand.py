@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.experts.contract import Experts, Rows
 from moedist.moe.init import Draw
-from moedist.moe.plan import CapacityConfig, CapacityPlan, plan_capacity
+from moedist.moe.plan import CapacityPlan, plan_capacity
 from moedist.moe.router.contract import Routing
 from moedist.moe.router.topk import TopKConfig
 
 
 def routing_of(
-    expert_TK: Sequence[Sequence[int]] | Tensor, num_experts: int, gate_TK: Sequence[Sequence[float]] | Tensor | None = None
+    expert_TK: Sequence[Sequence[int]] | Tensor,
+    num_experts: int,
+    gate_TK: Sequence[Sequence[float]] | Tensor | None = None,
 ) -> Routing:
     """Token t's choices are ``expert_TK[t]``; the gates (1 / K each where not given) are the scores too."""
     expert = torch.as_tensor(expert_TK, dtype=torch.int64)

@@ -10,9 +10,10 @@ import torch
 from moedist.config import ConfigError
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.topk import TopKConfig
 from moedist.parallel import spread
 from tests.moe.by_hand import dropless, route_logits, routing_of
@@ -101,7 +102,9 @@ def test_padding_changes_no_loss(scope):
     """Pitfall 16."""
     generator = torch.Generator().manual_seed(3)
     logits_TE = torch.randn(8, 4, dtype=torch.float64, generator=generator)
-    padded_TE = torch.cat([logits_TE.view(2, 4, 4), torch.randn(2, 3, 4, generator=generator).double()], 1).flatten(0, 1)
+    padded_TE = torch.cat([logits_TE.view(2, 4, 4), torch.randn(2, 3, 4, generator=generator).double()], 1).flatten(
+        0, 1
+    )
     ctx = TokenContext.of_rows(2, 4)
     padded_ctx = TokenContext.of_rows(2, 7, valid_T=(torch.arange(14) % 7) < 4)
     values = [

@@ -9,11 +9,12 @@ from moedist.config import ConfigError
 from moedist.mesh import Axis
 from moedist.moe.bank.dispatched import DispatchedConfig
 from moedist.moe.bank.local import LocalConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from tests.moe.by_hand import ScalingExperts, dropless, routing_of
 from tests.ranks import Here
 
@@ -100,6 +101,8 @@ def test_scaling_experts_over_ranks(ranks, ep, kind):
 def test_a_local_bank_is_for_one_rank():
     bank = LocalConfig().build(ScalingExperts(4), AllToAllConfig())
     bank.spread(Placement.in_order(4, 1), Axis("ep"))
-    with pytest.raises(ConfigError, match="kind = 'local' keeps all experts .* over 2. Set moe.bank.kind to dispatched"):
+    with pytest.raises(
+        ConfigError, match="kind = 'local' keeps all experts .* over 2. Set moe.bank.kind to dispatched"
+    ):
         LocalConfig().check_spread(2)
     DispatchedConfig().check_spread(2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moedist.config import ConfigError
 from moedist.mesh import Axis
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
 from moedist.moe.dispatch.padded import PaddedConfig
@@ -20,7 +21,7 @@ from moedist.moe.dispatch.rows import Exchange
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.topk import TopKConfig
 from tests.moe.by_hand import dropless, route_logits, routing_of
 from tests.parity import counted_bytes
@@ -242,8 +243,10 @@ def gates_arrive(here: Here, kind: str) -> bool:
     x_TD = torch.stack([torch.full((16,), float(here.rank)), torch.arange(16.0)], 1).bfloat16()
     routing = routing_of([[t % 4] for t in range(16)], 4)
     routing = dataclasses.replace(routing, gate_N=gates_of(here.rank))
-    arrived = DISPATCHES[kind].build(Placement.in_order(4, 4), ep).dispatch(
-        x_TD, dropless(routing, TokenContext.of_rows(1, 16))
+    arrived = (
+        DISPATCHES[kind]
+        .build(Placement.in_order(4, 4), ep)
+        .dispatch(x_TD, dropless(routing, TokenContext.of_rows(1, 16)))
     )
     rows = arrived.rows
     used = rows.gate_R != 0

@@ -213,9 +213,7 @@ def test_identical_experts_make_routing_irrelevant():
         outputs.append(layer.bank(x_TD, dropless(routing_of(experts, 4, gates), ctx)))
     torch.testing.assert_close(*outputs, atol=1e-15, rtol=0)
     other = MoEConfig(num_experts=4).build(8, dtype=torch.float64)
-    unlike = [
-        other.bank(x_TD, dropless(routing_of([[one]] * 6, 4, [[1.0]] * 6), ctx)) for one in range(2)
-    ]
+    unlike = [other.bank(x_TD, dropless(routing_of([[one]] * 6, 4, [[1.0]] * 6), ctx)) for one in range(2)]
     assert (unlike[0] - unlike[1]).abs().max() > 1e-3
 
 

@@ -10,8 +10,9 @@ import torch
 
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from tests.moe.by_hand import dropless, kept, route_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe.capacity.factor", "ignore:moe.router.renormalize")
@@ -40,9 +41,7 @@ CASES = {
         for factor in factors
         for name, policy in (("probs", "probability"), ("position", "token"))
     },
-    **{
-        f"topk k={k} drop_tokens=False": ({"top_k": k, "renormalize": True}, {"factor": None}) for k in (1, 2, 3)
-    },
+    **{f"topk k={k} drop_tokens=False": ({"top_k": k, "renormalize": True}, {"factor": None}) for k in (1, 2, 3)},
 }
 
 
@@ -64,7 +63,9 @@ def test_deepspeed_gates(name):
     rows = expected["token_expert_slot_weight"]
     got = {(token, expert): slot for token, expert, slot in kept(plan)}
     assert sorted(got) == sorted((token, expert) for token, expert, _, _ in rows)
-    weights = dict(zip(zip(plan.token_N.tolist(), plan.expert_N.tolist()), plan.gate_N.tolist(), strict=True))
+    weights = dict(
+        zip(zip(plan.token_N.tolist(), plan.expert_N.tolist(), strict=True), plan.gate_N.tolist(), strict=True)
+    )
     for token, expert, slot, weight in rows:
         # Six digits of a softmax that DeepSpeed rounds after rescaling.
         assert weights[token, expert] == pytest.approx(weight, abs=2e-6)

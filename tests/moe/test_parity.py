@@ -16,13 +16,13 @@ import torch
 
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.dispatch.rows import Reorder
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig
 from moedist.moe.router.topk import TopKConfig
 from tests.parity import HIDDEN, NUM_EXPERTS, SCENES, Scene, compare, counted_bytes, many_ranks, one_device
 from tests.ranks import Here

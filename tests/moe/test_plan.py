@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moedist.config import ConfigError
+from moedist.moe.capacity import CapacityConfig, Limit
 from moedist.moe.context import TokenContext
 from moedist.moe.noise import RANDOM_DROP, draw_uniform
-from moedist.moe.plan import CapacityConfig, Limit, count, place_in_bucket, plan_capacity
+from moedist.moe.plan import count, place_in_bucket, plan_capacity
 from tests.moe.by_hand import kept, routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe.capacity.factor")
@@ -113,9 +114,7 @@ def test_limit_equals_fractions_for_every_small_count():
         for num_experts in (1, 3, 10, 64):
             for top_k in (1, 2, 3):
                 counts = torch.arange(0, 130)
-                expected = [
-                    min(t, max(1, -(-Fraction(factor) * t * top_k // num_experts))) for t in counts.tolist()
-                ]
+                expected = [min(t, max(1, -(-Fraction(factor) * t * top_k // num_experts))) for t in counts.tolist()]
                 assert limit.of_counts(counts, top_k, num_experts).tolist() == expected
                 assert [limit.of_shape(t, top_k, num_experts) for t in counts.tolist()] == expected
 

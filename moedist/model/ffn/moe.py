@@ -31,8 +31,8 @@ class MoEFFNConfig(FFNConfig):
             router.causal,
             "moe.router.kind",
             router.kind,
-            "lets later tokens, or other rows of the batch, decide where a token goes, and the model is causal: it would "
-            "see the future in training and miss it in generation",
+            "lets later tokens, or other rows of the batch, decide where a token goes, and the model is causal: it "
+            "would see the future in training and miss it in generation",
             "Choose a token-choice router (moe/router=topk, noisy, mlp, cosine or hash).",
         )
 

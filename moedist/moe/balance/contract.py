@@ -66,7 +66,8 @@ class BalanceLossConfig(BalanceConfig):
 
     Attributes:
         coefficient: what the loss is multiplied by, once, before it joins the task loss.
-        final_coefficient: its value from step ``coefficient_steps`` on, reached on a straight line; None for a constant.
+        final_coefficient: its value from step ``coefficient_steps`` on, reached on a straight line; None for a
+            constant.
         coefficient_steps: length of that line in optimizer steps.
     """
 

@@ -1,4 +1,4 @@
-"""The importance loss: squared coefficient of variation of the experts' probability mass (Shazeer et al. 2017, eq. 6)."""
+"""The importance loss: squared coefficient of variation of the experts' mass (Shazeer et al. 2017, equation 6)."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class SwitchLoss(BalanceLoss):
         return self.num_experts * per_token((share_GE * mass_GE).sum(), ctx)
 
     def counted(self, routing: Routing, ctx: TokenContext) -> Tensor:
-        """bool [N]: the pairs that f counts, before any drop; padding never."""
+        """Bool [N]: the pairs that f counts, before any drop; padding never."""
         valid_N = ctx.valid_T[routing.token_N]
         if routing.live_N is not None:
             valid_N = valid_N & routing.live_N

@@ -23,8 +23,8 @@ class Routing:
     Attributes:
         token_N, expert_N: int64.
         gate_N: weight of the expert's output, fp32 or wider, with gradient.
-        score_TE: unbiased scores, with gradient: who stays under ``drop_policy: probability``, and the gate of a pair that
-            overflow sends to another expert.
+        score_TE: unbiased scores, with gradient: who stays under ``drop_policy: probability``, and the gate of a pair
+            that overflow sends to another expert.
         logits_TE: raw, un-noised logits, fp32 or wider, with gradient (z-loss).
         probs_TE: the full distribution over experts, rows sum to 1, with gradient (balance losses).
         pairs_per_token: K where pair ``t * K + k`` is token t's choice k; None where pairs have another order.
@@ -87,7 +87,9 @@ class Router(nn.Module):
         if bias is not None:
             moved = self.selection_bias
             assert moved is not None
-            self.selection_bias = torch.empty_like(moved, dtype=torch.float32) if bias.is_meta else bias.to(moved.device)
+            self.selection_bias = (
+                torch.empty_like(moved, dtype=torch.float32) if bias.is_meta else bias.to(moved.device)
+            )
         return self
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.config import require
+from moedist.moe.capacity import Limit
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw, fill_xavier_normal
-from moedist.moe.plan import Limit
 from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
 
 
@@ -20,8 +20,9 @@ from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
 class ExpertChoiceConfig(RouterConfig):
     """Every expert takes its ``ceil(factor * T / E)`` highest-scoring tokens of a rank's micro-batch.
 
-    The load is even by construction: it has its own capacity (``moe.capacity.factor`` must be null) and needs no balance
-    loss. A token may get no expert, or many. Later tokens decide what an earlier one gets, so a causal model refuses it.
+    The load is even by construction: it has its own capacity (``moe.capacity.factor`` must be null) and needs no
+    balance loss. A token may get no expert, or many. Later tokens decide what an earlier one gets, so a causal model
+    refuses it.
 
     Attributes:
         factor: experts per token on average.

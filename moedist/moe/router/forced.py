@@ -21,8 +21,8 @@ class ForcedConfig(TopKConfig):
     Every log line and record of such a run says so.
 
     Attributes:
-        pattern: ``balanced`` (experts in turn), ``zipf`` (expert i is drawn with probability ~ 1 / (i + 1) ** exponent) or
-            ``one_empty`` (balanced over all experts but the last, which gets nothing).
+        pattern: ``balanced`` (experts in turn), ``zipf`` (expert i is drawn with probability ~ 1 / (i + 1) **
+            exponent) or ``one_empty`` (balanced over all experts but the last, which gets nothing).
         exponent: of ``zipf``.
     """
 

@@ -21,7 +21,8 @@ class MLPConfig(TokenChoiceConfig):
     Attributes:
         hidden_dim: width between the maps.
         temperature: higher is more uniform, lower sharper; the chosen set does not depend on it.
-        final_temperature: its value at ``temperature_steps`` and after, reached on a straight line; None for a constant.
+        final_temperature: its value at ``temperature_steps`` and after, reached on a straight line; None for a
+            constant.
         temperature_steps: length of that line in optimizer steps.
     """
 
@@ -87,7 +88,7 @@ class MLPRouter(TokenChoiceRouter):
         nn.init.zeros_(self.bias)
 
     def logits(self, x_TD: Tensor, step: Tensor) -> Tensor:
-        """The maps, then the temperature of this step, which reaches here as a tensor: a schedule recompiles nothing."""
+        """The maps, then this step's temperature, which reaches here as a tensor: a schedule recompiles nothing."""
         hidden_TH = F.relu(F.linear(x_TD, wide(self.hidden_weight), wide(self.hidden_bias)))
         logits_TE = F.linear(hidden_TH, wide(self.weight), wide(self.bias))
         if self.config.final_temperature is None:

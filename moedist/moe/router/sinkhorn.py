@@ -15,8 +15,8 @@ from moedist.moe.token_choice import ScoreFunction
 
 @dataclasses.dataclass(frozen=True)
 class SinkhornConfig(TopKConfig):
-    """The logits of all of a rank's tokens are scaled by rows and columns until every expert has an equal share, and each
-    token picks its best experts in that; gates come from the unscaled logits.
+    """The logits of all of a rank's tokens are scaled by rows and columns until every expert has an equal share, and
+    each token picks its best experts in that; gates come from the unscaled logits.
 
     A token's experts depend on the whole batch, so a causal model refuses it.
 
@@ -65,8 +65,8 @@ class SinkhornRouter(TopKRouter):
 def balance(logits_TE: Tensor, valid_T: Tensor, iterations: int) -> Tensor:
     """[T, E] logarithm of the scaled matrix: rows sum to 1, columns to T_valid / E, up to convergence.
 
-    ``pi = diag(a) exp(logits) diag(b)``, ``a`` and ``b`` in turn, in the logarithm, where nothing overflows. Padding has
-    no mass.
+    ``pi = diag(a) exp(logits) diag(b)``, ``a`` and ``b`` in turn, in the logarithm, where nothing overflows. Padding
+    has no mass.
     """
     logits_TE = logits_TE.double()
     masked_TE = logits_TE.masked_fill(~valid_T[:, None], -torch.inf)

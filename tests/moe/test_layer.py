@@ -1,0 +1,384 @@
+"""The whole layer: one device, many ranks, recomputation, compilation, types, and what it must not keep."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from moedist.config import ConfigError
+from moedist.moe.balance.switch import SwitchConfig
+from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.bank.contract import Bank
+from moedist.moe.bank.local import LocalConfig
+from moedist.moe.capacity import CapacityConfig
+from moedist.moe.context import TokenContext
+from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.padded import PaddedConfig
+from moedist.moe.experts.grouped import GroupedConfig
+from moedist.moe.experts.loop import LoopConfig
+from moedist.moe.layer import MoEConfig
+from moedist.moe.plan import plan_capacity
+from moedist.moe.report import MoEReport
+from moedist.moe.router.topk import TopKConfig
+from moedist.parallel import recompute_in_backward, spread
+from tests.ranks import Here
+
+DIM = 16
+DISPATCHES = {"all_to_all": AllToAllConfig(), "padded": PaddedConfig()}
+BALANCE = {"switch": SwitchConfig(0.3), "z_loss": ZLossConfig(0.2)}
+
+
+def batch(rank: int = 0, rows: int = 3, length: int = 8, dtype=torch.float32, **kwargs):
+    generator = torch.Generator().manual_seed(50 + rank)
+    x_TD = torch.randn(rows * length, DIM, generator=generator).to(dtype)
+    return x_TD, TokenContext.of_rows(rows, length, sample_B=torch.arange(rows) + rank * rows, **kwargs)
+
+
+def objective(output) -> torch.Tensor:
+    report: MoEReport = output.report
+    balance = sum(report.coefficients[name] * loss for name, loss in report.losses.items())
+    return output.out_TD.square().sum() + balance
+
+
+def gradients(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def test_defaults_are_the_documented_ones():
+    config = MoEConfig()
+    assert (config.num_experts, config.router.top_k, config.capacity.factor) == (8, 2, 1.25)
+    assert config.balance["switch"].coefficient == 0.01 and config.balance["z_loss"].coefficient == 0.001
+    assert config.balance["switch"].scope == "global"
+    assert (config.capacity.drop_policy, config.capacity.group) == ("probability", "rank")
+    assert config.capacity.min_capacity == 1 and config.capacity.renormalize_after_drop
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES.values(), ids=DISPATCHES)
+def test_two_runs_are_bitwise_equal(dispatch):
+    """Pitfall 25: output and every gradient."""
+    runs = []
+    for _ in range(2):
+        layer = MoEConfig(num_experts=4, dispatch=dispatch, capacity=CapacityConfig(factor=1.0)).build(DIM)
+        x_TD, ctx = batch(rows=8, length=32)
+        x_TD.requires_grad_()
+        output = layer(x_TD, ctx)
+        objective(output).backward()
+        runs.append([output.out_TD, x_TD.grad, *gradients(layer).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_the_balance_losses_reach_the_router():
+    """Pitfall 8: without a task loss the router's gradient is coefficient x d loss, for each loss by itself."""
+    x_TD, ctx = batch(dtype=torch.float64)
+    for name, config in BALANCE.items():
+        layer = MoEConfig(num_experts=4, balance={name: config}).build(DIM, dtype=torch.float64)
+        output = layer(x_TD, ctx)
+        (0 * output.out_TD.sum() + output.report.coefficients[name] * output.report.losses[name]).backward()
+        got = layer.router.weight.grad
+        routing = layer.router(x_TD, ctx)
+        if name == "switch":
+            share_E = torch.bincount(routing.expert_N, minlength=4).double() / routing.expert_N.numel()
+            loss = 4 * (share_E * routing.probs_TE.mean(0)).sum()
+        else:
+            loss = routing.logits_TE.logsumexp(1).square().mean()
+        (expected,) = torch.autograd.grad(loss, layer.router.weight)
+        torch.testing.assert_close(got, config.coefficient * expected, atol=1e-14, rtol=0)
+        assert got.abs().max() > 1e-4
+
+
+def test_values_as_logged():
+    """Pitfalls 10 and 12: unscaled, the same with recomputation, and the sum of the shares of micro-batches."""
+    config = MoEConfig(num_experts=4, balance={"switch": SwitchConfig(0.3, "sequence"), "z_loss": ZLossConfig(0.2)})
+    x_TD, ctx = batch(rows=4, dtype=torch.float64)
+    layer = config.build(DIM, dtype=torch.float64)
+    routing = layer.router(x_TD, ctx)
+    z_loss = routing.logits_TE.logsumexp(1).square().mean().item()
+    switch = 0.0
+    for row in range(4):
+        part = slice(8 * row, 8 * row + 8)
+        share_E = torch.bincount(routing.expert_N.view(-1, 2)[part].reshape(-1), minlength=4).double() / 16
+        switch += 4 * (share_E * routing.probs_TE[part].mean(0)).sum().item() / 4
+    entropy = (
+        -(routing.probs_TE * routing.probs_TE.log()).sum(1).mean().item() / torch.tensor(4.0).double().log().item()
+    )
+    for pieces in (1, 4):
+        for recompute in (False, True):
+            layer = config.build(DIM, dtype=torch.float64)
+            if recompute:
+                recompute_in_backward(layer, (Bank,))
+            losses, asked_E, heat = {"switch": 0.0, "z_loss": 0.0}, torch.zeros(4, dtype=torch.int64), 0.0
+            for index, part_TD in enumerate(x_TD.chunk(pieces)):
+                rows = 4 // pieces
+                part_ctx = TokenContext.of_rows(
+                    rows, 8, sample_B=torch.arange(rows) + index * rows, num_tokens=torch.tensor(32)
+                )
+                output = layer(part_TD, part_ctx)
+                objective(output).backward()
+                asked_E += output.report.asked_E
+                heat += output.report.router_entropy.item()
+                for name, value in output.report.losses.items():
+                    losses[name] += value.item()
+            assert losses["z_loss"] == pytest.approx(z_loss, abs=1e-12)
+            assert losses["switch"] == pytest.approx(switch, abs=1e-12)
+            assert heat == pytest.approx(entropy, abs=1e-12)
+            assert asked_E.tolist() == torch.bincount(routing.expert_N, minlength=4).tolist()
+
+
+def test_counts_are_exact_in_a_bf16_model():
+    """Pitfall 13: 40,960 would read 39,424."""
+    layer = MoEConfig(num_experts=2, router=TopKConfig(top_k=2)).build(8).bfloat16()
+    x_TD = torch.randn(40_960, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        output = layer(x_TD, TokenContext.of_rows(10, 4096))
+    assert output.report.asked_E.dtype == output.report.kept_E.dtype == torch.int64
+    assert output.report.asked_E.tolist() == [40_960, 40_960]
+    assert output.out_TD.dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 for loss in output.report.losses.values())
+
+
+@pytest.mark.parametrize("bank", [None, LocalConfig()], ids=["dispatched", "local"])
+@pytest.mark.parametrize("experts", [LoopConfig(hidden_dim=16, bias=True), GroupedConfig(hidden_dim=16, bias=True)])
+def test_autocast(experts, bank):
+    """Pitfall 28: the router stays in fp32, the experts compute in bf16, the output has the caller's type."""
+    config = MoEConfig(num_experts=4, experts=experts, shared_hidden_dim=8, capacity=CapacityConfig(factor=None))
+    layer = (config if bank is None else dataclasses.replace(config, bank=bank)).build(DIM)
+    x_TD, ctx = batch()
+    plain = layer(x_TD, ctx)
+    x_TD.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer(x_TD, ctx)
+    assert cast.out_TD.dtype == torch.float32
+    assert cast.report.losses["z_loss"].item() == plain.report.losses["z_loss"].item()
+    assert torch.equal(cast.report.asked_E, plain.report.asked_E)
+    difference = (cast.out_TD - plain.out_TD).abs().max() / plain.out_TD.abs().max()
+    assert 1e-5 < difference < 0.03
+    cast.out_TD.sum().backward()
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(layer).values())
+
+
+def test_evaluation_touches_nothing():
+    """Property (k), pitfalls 15 and 27: bitwise repeatable, without losses; the layer is as before."""
+    layer = MoEConfig(num_experts=4, router=TopKConfig(top_k=2, noise_std=1.0)).build(DIM)
+    x_TD, ctx = batch(training=False)
+    layer(*batch())  # a training pass leaves no counter that evaluation could move
+
+    def everything():
+        return {name: copy.copy(module.__dict__) for name, module in layer.named_modules()}
+
+    state, attributes = copy.deepcopy(layer.state_dict()), everything()
+    first, second = layer(x_TD, ctx), layer(x_TD, ctx)
+    assert torch.equal(first.out_TD, second.out_TD) and first.report.losses == {}
+    assert not list(layer.buffers())
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert everything() == attributes
+    assert first.report.asked_E.sum() == 48
+
+
+def test_two_models_don_t_mix():
+    """Pitfall 18: interleaved, each returns its own report, and nothing is left of one that is gone."""
+    x_TD, ctx = batch()
+    layers = [MoEConfig(num_experts=4, balance=BALANCE).build(DIM, layer=index) for index in range(2)]
+    alone = [objective(layer(x_TD, ctx)) for layer in layers]
+    outputs = [layer(x_TD, ctx) for layer in layers]
+    for layer, output, expected in zip(layers, outputs, alone, strict=True):
+        objective(output).backward()
+        assert objective(output).item() == expected.item()
+        assert all(grad is not None for grad in gradients(layer).values())
+    assert alone[0].item() != alone[1].item()
+    del alone, outputs, output, expected
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is MoEReport]
+
+
+TIES = MoEConfig(
+    num_experts=4,
+    router=TopKConfig(top_k=2, noise_std=0.7),
+    capacity=CapacityConfig(factor=1.0, drop_policy="random"),
+    balance=BALANCE,
+)
+
+
+def recomputed(here: Here, dispatch: str) -> float:
+    """Largest difference of a gradient with and without recomputation, on inputs full of ties, with noise and drops."""
+    mesh = here.mesh_of(2)
+    found = []
+    for recompute in (False, True):
+        layer = dataclasses.replace(TIES, dispatch=DISPATCHES[dispatch]).build(DIM, dtype=torch.float64)
+        spread(layer, mesh)
+        with torch.no_grad():
+            layer.router.weight.copy_(layer.router.weight.mul(2).round().div(2))
+        if recompute:
+            recompute_in_backward(layer, (Bank,))
+        x_TD, ctx = batch(here.rank, dtype=torch.float64, seed=3, step=5)
+        x_TD = x_TD.round().requires_grad_()
+        objective(layer(x_TD, ctx)).backward()
+        found.append(
+            [x_TD.grad, *(p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in layer.parameters())]
+        )
+    assert found[0][0].abs().max() > 1e-3
+    return max((one - other).abs().max().item() for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_recomputation_routes_and_lays_out_the_same(ranks, dispatch):
+    """Pitfalls 17 and 17b."""
+    assert ranks(2).run(recomputed, dispatch) == [0.0, 0.0]
+
+
+def starved(here: Here, ep: int, dispatch: str) -> list[str]:
+    """Parameters with a wrong gradient where every token goes to expert 1 and three ranks bring only padding."""
+    mesh = here.mesh_of(ep)
+    config = MoEConfig(
+        num_experts=4, router=TopKConfig(top_k=1), capacity=CapacityConfig(factor=None), dispatch=DISPATCHES[dispatch]
+    )
+    layer = config.build(DIM)
+    table = spread(layer, mesh)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[1, 0] = 1.0
+    x_TD, _ = batch(here.rank)
+    x_TD[:, 0] = 9.0
+    valid_T = torch.full((24,), here.rank == 2)
+    output = layer(x_TD.requires_grad_(), TokenContext.of_rows(3, 8, valid_T=valid_T, num_tokens=torch.tensor(24)))
+    objective(output).backward()
+    table.sum_copies(layer)
+    wrong = []
+    for name, parameter in layer.named_parameters():
+        if parameter.grad is None:
+            wrong.append(name)
+        elif "experts" in name:
+            alive = parameter.grad.full_tensor().flatten(1).abs().amax(1) > 0
+            wrong += [name] if alive.tolist() != [False, True, False, False] else []
+    return wrong
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_empty_ranks_and_idle_experts(ranks, ep, dispatch):
+    """Pitfalls 4 and 5, gate P10: no hang, zero gradients, never None."""
+    assert ranks(4).run(starved, ep, dispatch) == [[]] * 4
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_the_padded_layer_compiles_whole(backend, factor):
+    """No graph break, and the same to the bit, gradients included."""
+    torch._dynamo.reset()
+    config = MoEConfig(
+        num_experts=4,
+        capacity=CapacityConfig(factor=factor),
+        dispatch=PaddedConfig(),
+        experts=GroupedConfig(hidden_dim=16),
+        balance=BALANCE,
+    )
+    layer = config.build(DIM)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x_TD, ctx = batch(valid_T=torch.arange(24) % 8 < 6)
+    results = []
+    for each in (compiled, layer):
+        layer.zero_grad()
+        leaf = x_TD.clone().requires_grad_()
+        output = each(leaf, ctx)
+        objective(output).backward()
+        results.append([output.out_TD, leaf.grad, output.report.kept_E, *gradients(layer).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["probability", "choice", "token", "random"])
+@pytest.mark.parametrize("group", ["rank", "sequence"])
+def test_the_plan_compiles_whole(policy, group):
+    torch._dynamo.reset()
+    config = CapacityConfig(factor=1.0, drop_policy=policy, group=group)
+    router = TopKConfig().build(DIM, 4)
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    x_TD, ctx = batch(valid_T=torch.arange(24) % 8 < 6)
+    routing = router(x_TD, ctx)
+    compiled = torch.compile(plan_capacity, fullgraph=True, backend="eager")
+    got, expected = compiled(routing, ctx, config), plan_capacity(routing, ctx, config)
+    for field in dataclasses.fields(expected):
+        one, other = getattr(got, field.name), getattr(expected, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("policy", ["probability", "choice", "token", "random"])
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_the_padded_layer_never_asks_the_host(policy, factor):
+    """Fake tensors have no values to read; a packed layout needs some, which shows that the test can fail."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        for group in ("rank", "sequence"):
+            capacity = CapacityConfig(factor=factor, drop_policy=policy, group=group)
+            layer = MoEConfig(num_experts=4, capacity=capacity, dispatch=PaddedConfig(), balance=BALANCE).build(DIM)
+            x_TD = torch.randn(24, DIM, requires_grad=True)
+            output = layer(x_TD, TokenContext.of_rows(3, 8))
+            objective(output).backward()
+            assert output.out_TD.shape == x_TD.grad.shape == (24, DIM)
+            packed = MoEConfig(num_experts=4, capacity=capacity).build(DIM)
+            with pytest.raises(DataDependentOutputException):
+                packed(x_TD, TokenContext.of_rows(3, 8))
+
+
+def test_shared_expert_adds_its_output():
+    x_TD, ctx = batch()
+    layer = MoEConfig(num_experts=4, shared_hidden_dim=8).build(DIM)
+    plain = MoEConfig(num_experts=4).build(DIM)
+    torch.testing.assert_close(layer(x_TD, ctx).out_TD - plain(x_TD, ctx).out_TD, layer.shared(x_TD))
+
+
+def first_values(here: Here, ep: int) -> dict[str, torch.Tensor]:
+    """All parameters, whole, of a layer that was spread on the meta device and then filled."""
+    from moedist.moe.init import named_draw
+
+    layer = MoEConfig(num_experts=12, shared_hidden_dim=4).build(DIM, device="meta")
+    spread(layer, here.mesh_of(ep))
+    layer.to_empty(device="cpu")
+    layer.init_weights(named_draw(0, "layer.0"))
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for n, p in layer.named_parameters()}
+
+
+def test_the_initial_model_is_equal_at_any_layout(ranks):
+    """Pitfall 7."""
+    expected = dict(MoEConfig(num_experts=12, shared_hidden_dim=4).build(DIM).named_parameters())
+    for ep in (1, 2, 4):
+        for values in ranks(4).run(first_values, ep):
+            assert values.keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in values.items())
+
+
+def test_importing_the_heart_is_light():
+    """Nothing heavy, and nothing that opens sockets."""
+    code = "import moedist.moe, moedist.moe.layer, moedist.parallel, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"hydra", "omegaconf", "wandb", "deepspeed", "pydantic", "rich", "yaml", "tokenizers"}
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "said"),
+    [
+        ({"num_experts": 0}, "num_experts", "Set it to 1 or more"),
+        ({"shared_hidden_dim": 0}, "shared_hidden_dim", "null for no shared expert"),
+        ({"num_experts": 2, "router": TopKConfig(top_k=3)}, "router.top_k", "Set moe.router.top_k to 2 or less"),
+    ],
+)
+def test_errors(config, key, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        MoEConfig(**config)
+    assert caught.value.key == key
+
+
+def test_spread_errors():
+    with pytest.raises(
+        ConfigError, match=r"num_experts = 6 cannot be cut into 4 .*Set mesh.ep to one of \[1, 2, 3, 6\]"
+    ):
+        MoEConfig(num_experts=6).check_spread(4)
+    with pytest.raises(ConfigError, match="Set moe.bank.kind to dispatched") as caught:
+        MoEConfig(num_experts=4, bank=LocalConfig()).check_spread(2)
+    assert caught.value.key == "bank.kind"
