@@ -116,7 +116,7 @@ def one_device(config: MoEConfig, scene: Scene, world: int) -> Result:
     # Balance losses on the tokens of all ranks at once, or rank by rank where that is their scope.
     together = [concatenated(xs, [ctx for _, ctx in batches])]
     losses = {}
-    for name, loss in layer.balance.items():
+    for name, loss in layer.losses.items():
         alone = getattr(config.balance[name], "scope", "global") == "micro_batch"
         parts = list(zip(xs, (ctx for _, ctx in batches), strict=True)) if alone else together
         value = torch.zeros((), dtype=torch.float64)

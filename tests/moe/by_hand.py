@@ -31,7 +31,7 @@ def routing_of(
         token_N=torch.arange(num_tokens).repeat_interleave(top_k),
         expert_N=expert.reshape(-1),
         gate_N=gate.reshape(-1),
-        score_N=gate.detach().reshape(-1),
+        score_TE=torch.zeros(num_tokens, num_experts, dtype=torch.float64).scatter(1, expert, gate),
         logits_TE=probs_TE.log(),
         probs_TE=probs_TE,
         pairs_per_token=top_k,
