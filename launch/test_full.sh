@@ -21,5 +21,5 @@ from xml.etree import ElementTree
 skipped = [case for case in ElementTree.parse(sys.argv[1]).iter("testcase") if case.find("skipped") is not None]
 for case in skipped:
     print(f"skipped: {case.get('classname')}::{case.get('name')}: {case.find('skipped').get('message')}")
-sys.exit(f"{len(skipped)} tests were skipped: mend them, or install what they need." if skipped else 0)
+sys.exit(f"{len(skipped)} skipped: mend what is skipped, or install what it needs." if skipped else 0)
 END

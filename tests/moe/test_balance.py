@@ -68,11 +68,14 @@ def test_empty_batch_gives_0_and_a_zero_gradient(shape, scope):
 
 def test_counted_before_the_drop():
     """Pitfall 11: at a full expert the loss still says what was asked, and its gradient lives."""
-    logits_TE = torch.tensor([[3.0, 1.0, 0.0, 0.0]] * 8, dtype=torch.float64, requires_grad=True)
+    rows = [[3.0, 1.0, 0.0, 0.0]] * 6 + [[0.0, 3.0, 0.0, 0.0]] * 2
+    logits_TE = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
     ctx = TokenContext.of_rows(1, 8)
     routing = route_logits(logits_TE, ctx, top_k=1)
     loss = switch(routing, ctx, config=CapacityConfig(factor=1.0))
-    expected = 4 * torch.softmax(logits_TE[0].detach(), 0)[0]
+    # two of six and two of two stay: counted after the drop, both experts would have one half
+    mass_E = torch.softmax(logits_TE.detach(), 1).mean(0)
+    expected = 4 * (0.75 * mass_E[0] + 0.25 * mass_E[1])
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     loss.backward()
     assert logits_TE.grad.abs().max() > 1e-3
