@@ -32,12 +32,12 @@ class BalanceLoss(nn.Module):
         raise NotImplementedError
 
     def coefficient(self, ctx: TokenContext) -> Tensor:
-        """0-dim fp32: the coefficient of this step."""
+        """0-dim fp64 (0.3 in fp32 is not 0.3): the coefficient of this step."""
         first, last = self.config.coefficient, self.config.final_coefficient
-        at_first = torch.full((), first, dtype=torch.float32, device=ctx.step.device)
+        at_first = torch.full((), first, dtype=torch.float64, device=ctx.step.device)
         if last is None:
             return at_first
-        return at_first + (last - first) * (ctx.step / self.config.coefficient_steps).clamp_max(1)
+        return at_first + (last - first) * (ctx.step.double() / self.config.coefficient_steps).clamp_max(1)
 
 
 class BalanceBias(nn.Module):
@@ -72,8 +72,8 @@ class BalanceLossConfig(BalanceConfig):
     """
 
     coefficient: float = 0.0
-    final_coefficient: float | None = None
-    coefficient_steps: int = 1000
+    final_coefficient: float | None = dataclasses.field(default=None, kw_only=True)
+    coefficient_steps: int = dataclasses.field(default=1000, kw_only=True)
 
     def __post_init__(self) -> None:
         for key in ("coefficient", "final_coefficient"):

@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moedist.config import require
 from moedist.mesh.collectives import all_sum
 from moedist.moe.balance.contract import BalanceLoss, BalanceLossConfig, per_token
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan, count
-from moedist.moe.router.contract import Routing
+from moedist.moe.router.contract import Router, Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,16 @@ class SwitchConfig(BalanceLossConfig):
     coefficient: float = 0.01
     scope: Literal["global", "micro_batch", "sequence"] = "global"
     count: Literal["all", "first"] = "all"
+
+    def check(self, router: Router) -> None:
+        """First choices are tokens'."""
+        require(
+            self.count == "all" or router.has_first_choices,
+            "count",
+            self.count,
+            "needs a router in which tokens choose",
+            "Set it to all, or choose a token-choice router (moe/router=topk).",
+        )
 
     def build(self, num_experts: int) -> SwitchLoss:  # noqa: D102
         return SwitchLoss(self, num_experts)

@@ -51,9 +51,11 @@ class Router(nn.Module):
     Attributes:
         selection_bias: fp32 [E], added to the scores for the selection only, never to a gate; None until something that
             balances by a bias asks for it (`add_selection_bias`). A buffer: saved, and without gradient.
+        has_first_choices: whether tokens choose, so that each has a first choice.
     """
 
     selection_bias: Tensor | None
+    has_first_choices = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -66,6 +66,8 @@ class ExpertChoiceRouter(Router):
         weight: [E, D].
     """
 
+    has_first_choices = False
+
     def __init__(
         self,
         config: ExpertChoiceConfig,

@@ -93,6 +93,6 @@ class MLPRouter(TokenChoiceRouter):
         logits_TE = F.linear(hidden_TH, wide(self.weight), wide(self.bias))
         if self.config.final_temperature is None:
             return logits_TE / self.config.temperature
-        share = (step / self.config.temperature_steps).clamp_max(1)
+        share = (step.to(logits_TE.dtype) / self.config.temperature_steps).clamp_max(1)
         change = self.config.final_temperature - self.config.temperature
-        return logits_TE / (self.config.temperature + share * change).to(logits_TE.dtype)
+        return logits_TE / (self.config.temperature + share * change)
