@@ -169,9 +169,11 @@ def cases_of_the_field_hold(here: Here, ep: int) -> dict[str, Any]:
 def test_every_router_on_ranks_equals_one_device(ranks, world, ep):
     for result in ranks(world).run(cases_of_the_field_hold, ep, limit_s=300):
         assert result["worst"] <= 1e-12
-        for (kind, overflow), pairs in result["dropped"].items():
-            if kind != "expert_choice":  # its average is no count
-                assert (pairs > 0) == (overflow is not None), (kind, overflow)
+        dropped = result["dropped"]
+        kinds = {kind for kind, _ in dropped} - {"expert_choice"}  # its average is no count
+        assert all(dropped[kind, "drop"] > 0 and dropped[kind, None] == 0 for kind in kinds)
+        # Limits are rounded up, so that a short sequence may have room for all that overflow sends on.
+        assert 0 < sum(dropped[kind, "next_best"] for kind in kinds) < sum(dropped[kind, "drop"] for kind in kinds)
 
 
 def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
