@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from fractions import Fraction
 from typing import Literal
@@ -26,7 +27,8 @@ class CapacityConfig(Config):
 
     Attributes:
         factor: multiple of the even share ``t * K / E``; None takes every pair (dropless).
-        final_factor: the factor from step ``factor_steps`` on, reached on a straight line; None for a constant.
+        final_factor: the factor from step ``factor_steps`` on, reached on a straight line; None for a constant. Both
+            ends are then taken to three decimals, so that int64 holds every product.
         factor_steps: length of that line in optimizer steps.
         expert_capacity: a fixed limit per group instead of the factor's.
         eval_factor: the factor of evaluations during training; ``train`` for the same.
@@ -80,6 +82,20 @@ class CapacityConfig(Config):
             value = getattr(self, key)
             require(value is None or value >= least, key, value, "is too small", f"Set it to {least} or more.")
         require(
+            self.final_factor is None or self.factor_steps <= 10**6,
+            "factor_steps",
+            self.factor_steps,
+            "is too long a line",
+            "Set it to 1000000 or less.",
+        )
+        require(
+            self.final_factor is None or max(self.final_factor, self.factor or 0) <= 1000,
+            "final_factor",
+            self.final_factor,
+            "cannot be part of a schedule that reaches above 1000",
+            "Set both ends to 1000 or less.",
+        )
+        require(
             self.final_factor is None or (self.factor is not None and self.rounding != "ceil_float32"),
             "final_factor",
             self.final_factor,
@@ -97,11 +113,11 @@ class CapacityConfig(Config):
             return None
         moving = self.final_factor is not None and (training or self.eval_factor == "train")
         return Limit(
-            exact(factor),
+            exact(factor, 3 if moving else None),
             self.min_capacity,
             base=self.base,
             rounding=self.rounding,
-            final=exact(self.final_factor) if moving and self.final_factor is not None else None,
+            final=exact(self.final_factor, 3) if moving and self.final_factor is not None else None,
             steps=self.factor_steps,
         )
 
@@ -120,9 +136,10 @@ class CapacityConfig(Config):
         return dataclasses.replace(self, factor=None, final_factor=None, eval_factor="train", expert_capacity=None)
 
 
-def exact(factor: float) -> Fraction:
-    """The decimal that was written, not its nearest binary number: 1.1 is 11 / 10."""
-    return Fraction(str(factor)).limit_denominator(10**6)
+def exact(factor: float, decimals: int | None = None) -> Fraction:
+    """The decimal that was written, not its nearest binary number: 1.1 is 11 / 10; rounded to ``decimals`` if given."""
+    written = Fraction(str(factor))
+    return written.limit_denominator(10**6) if decimals is None else round(written, decimals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +188,9 @@ class Limit:
                 numerator_G = numerator_G * self.factor.numerator
             else:
                 assert step is not None, "a factor that changes needs the step"
-                common = self.factor.denominator * self.final.denominator
-                first = self.factor.numerator * self.final.denominator * self.steps
-                change = self.final.numerator * self.factor.denominator - self.factor.numerator * self.final.denominator
-                numerator_G = numerator_G * (first + change * step.clamp(0, self.steps))
+                common = math.lcm(self.factor.denominator, self.final.denominator)
+                first, last = int(self.factor * common), int(self.final * common)
+                numerator_G = numerator_G * (first * self.steps + (last - first) * step.clamp(0, self.steps))
                 denominator = common * self.steps * num_experts
             sign = 1 if self.rounding == "floor" else -1
             share_G = sign * torch.div(sign * numerator_G, denominator, rounding_mode="floor")

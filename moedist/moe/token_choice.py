@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moedist.config import Config, require
+from moedist.config import Config, ConfigError, require
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw
 from moedist.moe.noise import INPUT_JITTER, ROUTER_NOISE, draw_normal, draw_uniform
@@ -128,7 +128,10 @@ class TokenChoiceConfig(RouterConfig):
             f"Set moe.router.top_k to {num_experts} or less, or raise moe.num_experts.",
         )
         if self.groups is not None:
-            self.groups.check(num_experts, top_k)
+            try:
+                self.groups.check(num_experts, top_k)
+            except ConfigError as error:
+                raise error.under("groups") from None
 
 
 class TokenChoiceRouter(Router):

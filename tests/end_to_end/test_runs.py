@@ -209,7 +209,9 @@ def test_the_offline_wandb_file_holds_them_too(whole: Story):
         for key, value in row.items():
             if isinstance(value, list):
                 assert stored[f"{key}.values"] == value
-                assert [stored[f"moe/layer_01/expert_{e:03d}/{key.rpartition("/")[2]}"] for e in range(EXPERTS)] == value
+                assert [
+                    stored[f"moe/layer_01/expert_{e:03d}/{key.rpartition('/')[2]}"] for e in range(EXPERTS)
+                ] == value
             else:
                 assert stored[key] == pytest.approx(value, rel=1e-12)
 

@@ -31,7 +31,9 @@ def two_layers() -> MoEStep:
         loss_names=["switch", "z_loss"],
         loss_LJ=torch.tensor([[1.5, 0.2], [1.0, 0.4]]),
         entropy_L=torch.tensor([0.5, 1.0]),
-        count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0]], [[2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0]]]),
+        count_LME=torch.tensor(
+            [[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0]], [[2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0]]]
+        ),
         last_seen_LE=torch.tensor([[120, 120, 120, 20], [120, 120, 120, 120]]),
     )
 

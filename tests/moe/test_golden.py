@@ -25,8 +25,8 @@ ROUTING = json.loads((FOLDER / "routing.json").read_text())
 DEEPSPEED = json.loads((FOLDER / "gates_deepspeed.json").read_text())
 LOGITS = torch.tensor(DEEPSPEED["logits"])
 
-# golden case -> preset, and what the case sets otherwise. Random token selection with injected decreasing uniforms keeps
-# the first tokens: drop_policy token.
+# golden case -> preset, and what the case sets otherwise. Random token selection with injected decreasing uniforms
+# keeps the first tokens: drop_policy token.
 CASES: dict[str, tuple[str, dict, dict]] = {
     "top1 cf=4 use_rts=False (no overflow)": ("deepspeed_top1", {}, {"factor": 4.0}),
     "top1 drop_tokens=False": ("deepspeed_top1", {}, {"factor": None}),

@@ -45,7 +45,7 @@ def batches() -> Iterator[tuple[torch.Tensor, float, int]]:
 
 
 def compare(name: str, logits_TE: torch.Tensor, gated: tuple, slots: bool, router: dict, capacity: dict) -> None:
-    """Capacity, pairs, weights, counts and the balance loss; slots too where the preset fills them in the same order."""
+    """Capacity, pairs, weights, counts and the balance loss; slots too where they fill in the same order."""
     loss, weight_TEC, _, counts_E = gated
     moe = preset_config(name)
     ctx = TokenContext.of_rows(1, logits_TE.shape[0])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.config import require
-from moedist.moe.capacity import Limit
+from moedist.moe.capacity import Limit, exact
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw, fill_xavier_normal
 from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
@@ -31,7 +30,13 @@ class ExpertChoiceConfig(RouterConfig):
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        require(self.factor > 0, "factor", self.factor, "gives experts no tokens", "Set it above 0; 2 is common.")
+        require(
+            0 < self.factor < 1e6,
+            "factor",
+            self.factor,
+            "is no number of experts per token",
+            "Set it above 0; 2 is common.",
+        )
 
     @property
     def causal(self) -> bool:
@@ -77,7 +82,7 @@ class ExpertChoiceRouter(Router):
         dtype: torch.dtype | None,
     ):
         super().__init__()
-        self.limit = Limit(Fraction(str(config.factor)), 1)
+        self.limit = Limit(exact(config.factor), 1)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
 
     def init_weights(self, draw: Draw) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moedist.config import require
 from moedist.moe.context import TokenContext
 from moedist.moe.noise import FORCED, draw_uniform
+from moedist.moe.router.contract import Router
 from moedist.moe.router.topk import TopKConfig, TopKRouter
 
 
@@ -32,6 +33,7 @@ class ForcedConfig(TopKConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.exponent >= 0, "exponent", self.exponent, "is negative", "Set it to 0 (even) or more.")
+        require(self.groups is None, "groups", self.groups, "does not go with a forced pattern", "Set it to null.")
 
     @property
     def label(self) -> str:
@@ -65,16 +67,20 @@ class ForcedRouter(TopKRouter):
 
     config: ForcedConfig
 
+    def add_selection_bias(self, num_experts: int) -> None:
+        """Refused: the pattern selects."""
+        Router.add_selection_bias(self, num_experts)
+
     def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
         """Higher for the experts that the pattern wants."""
-        num_tokens, num_experts = logits_TE.shape
+        num_experts = logits_TE.shape[1]
         if self.config.pattern == "zipf":
             # Gumbel's trick: the K largest of log p - log(-log u) are K draws without replacement.
             uniform_TE = draw_uniform(ctx, num_experts, layer=self.layer, stream=FORCED)
             rank_E = torch.arange(1, num_experts + 1, device=logits_TE.device, dtype=torch.float64)
             return -self.config.exponent * rank_E.log() - (-uniform_TE.log()).log()
         num_used = num_experts - (self.config.pattern == "one_empty")
-        first_T = torch.arange(num_tokens, device=logits_TE.device) * self.top_k
+        first_T = (ctx.valid_T.cumsum(0) - 1) * self.top_k  # padding takes no turn
         expert_E = torch.arange(num_experts, device=logits_TE.device)
         turn_TE = (expert_E - first_T[:, None]) % num_used
         return torch.where(expert_E < num_used, -turn_TE, -num_experts)

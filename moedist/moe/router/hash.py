@@ -76,7 +76,7 @@ class HashRouter(Router):
             ),
             expert_N=expert_TK.reshape(-1),
             gate_N=gate_N,
-            score_TE=gate_TE,
+            score_TE=torch.full_like(gate_TE, 1 / top_k),  # any other expert is as good
             logits_TE=torch.zeros_like(gate_TE),
             probs_TE=gate_TE,
             pairs_per_token=top_k,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moedist.config import require
 from moedist.moe.context import TokenContext
+from moedist.moe.router.contract import Router
 from moedist.moe.router.topk import TopKConfig, TopKRouter
 from moedist.moe.token_choice import ScoreFunction
 
@@ -54,6 +55,10 @@ class SinkhornRouter(TopKRouter):
     """The linear map of `topk`, another selection."""
 
     config: SinkhornConfig
+
+    def add_selection_bias(self, num_experts: int) -> None:
+        """Refused: the assignment is balanced already."""
+        Router.add_selection_bias(self, num_experts)
 
     def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
         """The balanced assignment, in evaluation the logits themselves: a token is then on its own."""
