@@ -165,13 +165,16 @@ class MoELayer(nn.Module):
 
     def report(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> MoEReport:
         """Balance losses in training only; counts and entropy always."""
-        losses = {name: loss(routing, plan, ctx) for name, loss in self.losses.items()} if ctx.training else {}
+        losses, coefficients = {}, {}
+        for name, loss in self.losses.items() if ctx.training else ():
+            assert isinstance(loss, BalanceLoss)
+            losses[name], coefficients[name] = loss(routing, plan, ctx), loss.coefficient(ctx)
         with torch.no_grad():
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
             largest = max(math.log(self.config.num_experts), 1e-30)
             return MoEReport(
                 losses=losses,
-                coefficients={name: loss.coefficient(ctx) for name, loss in self.losses.items() if name in losses},
+                coefficients=coefficients,
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
@@ -193,6 +196,7 @@ class MoELayer(nn.Module):
             load_E: int64 pairs that the step's whole global batch asked of each expert, before any limit.
         """
         for rule in self.bias_rules:
+            assert isinstance(rule, BalanceBias)
             assert self.router.selection_bias is not None
             self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E))
 

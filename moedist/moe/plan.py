@@ -205,7 +205,8 @@ def count(index_N: Tensor, num_bins: int, valid_N: Tensor | None = None) -> Tens
 
 def surviving_gates(routing: Routing, placed: Placed, valid_N: Tensor, rescale: bool | str) -> Tensor:
     """Gates of the pairs that stay, else 0; ``rescale`` as `CapacityConfig.renormalize_after_drop`."""
-    assert routing.pairs_per_token is not None
+    top_k = routing.pairs_per_token
+    assert top_k is not None
     gate_N = routing.gate_N
     # A pair that was moved carries its new expert's score, by the same factor as before.
     asked_N = routing.score_TE[routing.token_N, routing.expert_N]
@@ -217,7 +218,7 @@ def surviving_gates(routing: Routing, placed: Placed, valid_N: Tensor, rescale: 
         return gate_N
 
     def sum_by_token(value_N: Tensor) -> Tensor:
-        return value_N.view(-1, routing.pairs_per_token).sum(1)[routing.token_N]
+        return value_N.view(-1, top_k).sum(1)[routing.token_N]
 
     before_N = 1 if rescale == "one" else sum_by_token(torch.where(valid_N, routing.gate_N, 0))
     after_N = sum_by_token(gate_N)

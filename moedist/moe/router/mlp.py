@@ -60,6 +60,12 @@ class MLPRouter(TokenChoiceRouter):
         hidden_weight: [H, D]. hidden_bias: [H]. weight: [E, H]. bias: [E].
     """
 
+    config: MLPConfig
+    hidden_weight: nn.Parameter
+    hidden_bias: nn.Parameter
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(
         self,
         config: MLPConfig,

@@ -42,6 +42,8 @@ class TopKRouter(TokenChoiceRouter):
         weight: [E, D]. bias: [E], with ``bias`` only.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         config: TopKConfig,
