@@ -182,9 +182,7 @@ def test_policy_gate_follows_the_gates_and_not_the_scores():
     routing = routing_of([[0, 1], [0, 1]], 4, [[0.9, 0.1], [2 / 3, 1 / 3]])
     routing.score_TE[:] = probs
     for policy, first in (("gate", 0), ("probability", 1)):
-        plan = plan_capacity(
-            routing, TokenContext.of_rows(1, 2), CapacityConfig(expert_capacity=1, drop_policy=policy)
-        )
+        plan = plan_capacity(routing, TokenContext.of_rows(1, 2), CapacityConfig(expert_capacity=1, drop_policy=policy))
         assert [token for token, expert, _ in kept(plan) if expert == 0] == [first]
 
 
