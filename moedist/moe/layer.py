@@ -206,3 +206,10 @@ class MoELayer(nn.Module):
         self.bank.init_weights(below(draw, "bank.experts"))
         if self.shared is not None:
             self.shared.init_weights(below(draw, "shared"))
+
+
+def routing_label(model: nn.Module) -> str | None:
+    """What every line and record of a run must say of its routing (forced, for one); None for a model's own."""
+    layers = (module for module in model.modules() if isinstance(module, MoELayer))
+    labels = dict.fromkeys(layer.config.router.label for layer in layers)
+    return ", ".join(label for label in labels if label is not None) or None

@@ -22,7 +22,7 @@ from moedist.mesh.collectives import all_sum
 from moedist.model.batch import TokenBatch
 from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.report import pack_reports
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast
 from moedist.train.checkpoint import CheckpointStore, DiskError
@@ -274,9 +274,8 @@ class Trainer:
         self.seconds, self.seconds_tokens = 0.0, 0
         if total.moe is not None:
             record |= moe_metrics(total.moe, self.progress.step, self.config.log.dead_window)
-        labels = [layer.config.router.label for layer in self.moe_layers if layer.config.router.label is not None]
-        if labels:
-            record["moe/routing"] = labels[0]
+        if (label := routing_label(self.model)) is not None:
+            record["moe/routing"] = label
         if evaluated:
             record["eval/loss"] = self.eval_loss
         self.last_record = record
