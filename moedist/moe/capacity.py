@@ -166,11 +166,13 @@ class Limit:
         >>> Limit(Fraction("1.1"), 1).of_shape(100, top_k=1, num_experts=10)
         11
         """
-        factor = self.factor if self.final is None else max(self.factor, self.final)
+        # Integers alone: a compiled graph knows no fractions.
+        factor, final = self.factor, self.final
+        if final is not None and final.numerator * factor.denominator > factor.numerator * final.denominator:
+            factor = final
         top_k = top_k if self.base == "pairs" else 1
         if self.rounding == "ceil_float32":
-            product = np.float32(num_tokens / num_experts) * np.float32(float(factor) * top_k)
-            share = int(np.ceil(product))
+            share = ceil_float32(num_tokens, num_experts, factor.numerator, factor.denominator, top_k)
         else:
             numerator, denominator = factor.numerator * num_tokens * top_k, factor.denominator * num_experts
             share = numerator // denominator if self.rounding == "floor" else -(-numerator // denominator)
@@ -180,8 +182,9 @@ class Limit:
         """int64 [G]: the limit of each group from its valid tokens, on the device; ``step`` is 0-dim int64."""
         top_k = top_k if self.base == "pairs" else 1
         if self.rounding == "ceil_float32":
-            scale = torch.tensor(float(self.factor) * top_k, dtype=torch.float32)
-            share_G = ((tokens_G.double() / num_experts).float() * scale.item()).ceil().to(torch.int64)
+            scale = self.factor.numerator / self.factor.denominator * top_k
+            scale_0 = torch.full((), scale, dtype=torch.float32, device=tokens_G.device)
+            share_G = ((tokens_G.double() / num_experts).float() * scale_0).ceil().to(torch.int64)
         else:
             numerator_G, denominator = tokens_G * top_k, self.factor.denominator * num_experts
             if self.final is None:
@@ -189,9 +192,16 @@ class Limit:
             else:
                 assert step is not None, "a factor that changes needs the step"
                 common = math.lcm(self.factor.denominator, self.final.denominator)
-                first, last = int(self.factor * common), int(self.final * common)
+                first = self.factor.numerator * (common // self.factor.denominator)
+                last = self.final.numerator * (common // self.final.denominator)
                 numerator_G = numerator_G * (first * self.steps + (last - first) * step.clamp(0, self.steps))
                 denominator = common * self.steps * num_experts
             sign = 1 if self.rounding == "floor" else -1
             share_G = sign * torch.div(sign * numerator_G, denominator, rounding_mode="floor")
         return torch.minimum(tokens_G, share_G.clamp_min(self.least))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def ceil_float32(num_tokens: int, num_experts: int, numerator: int, denominator: int, top_k: int) -> int:
+    """``ceil(fp32(t / E) * fp32(factor * K))`` rounded as DeepSpeed rounds; a constant to a compiled graph."""
+    return int(np.ceil(np.float32(num_tokens / num_experts) * np.float32(numerator / denominator * top_k)))

@@ -26,7 +26,7 @@ from moedist.moe.router.topk import TopKConfig
 from tests.moe.by_hand import kept
 
 BOUNDED = settings(max_examples=80, derandomize=True, deadline=None, database=None)
-POLICIES = ("probability", "choice", "token", "random")
+POLICIES = ("probability", "gate", "choice", "token", "random")
 KINDS = ("random", "ties", "equal", "infinite", "one-hot", "nan")
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moedist.config import ConfigError
 from moedist.model.decoder import DecoderConfig
@@ -15,6 +16,7 @@ from moedist.moe.balance.load import LoadConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
+from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.init import named_draw
 from moedist.moe.layer import MoEConfig
 from moedist.moe.router.cosine import CosineConfig
@@ -389,3 +391,21 @@ def test_routers_that_look_at_other_tokens_are_refused_in_a_causal_model(router)
         DecoderConfig().build(64, moe, device="meta")
     assert (caught.value.key, caught.value.value) == ("moe.router.kind", router.kind)
     assert "moe/router=topk" in caught.value.remedy
+
+
+@pytest.mark.parametrize("config", FIELD, ids=lambda config: config.kind)
+@pytest.mark.parametrize("overflow", ["drop", "next_best"])
+def test_no_router_asks_the_host_or_breaks_the_graph(config, overflow):
+    """Fake tensors have no values to read."""
+    own = config.kind == "expert_choice"
+    capacity = CapacityConfig(factor=None if own else 1.0, overflow="drop" if own else overflow)
+    moe = MoEConfig(num_experts=8, router=config, capacity=capacity, dispatch=PaddedConfig())
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        output = moe.build(DIM)(torch.randn(24, DIM), TokenContext.of_rows(3, 8))
+        assert output.out_TD.shape == (24, DIM)
+    if overflow == "drop":
+        torch._dynamo.reset()
+        router = built(config)
+        ctx = TokenContext.of_rows(3, 8, id_T=torch.arange(24))
+        got = torch.compile(router, fullgraph=True, backend="eager")(vectors(24), ctx)
+        assert torch.equal(got.expert_N, router(vectors(24), ctx).expert_N)
