@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moedist.config import ConfigError, ConfigErrors
+from moedist.launch.choices import check_plugins
 from moedist.launch.decode import decode
 from moedist.train.config import RunConfig
 
@@ -51,12 +52,15 @@ def decode_saved(mapping: Mapping[str, Any]) -> RunConfig:
 
     Raises:
         ConfigErrors: the values don't hold, or a variable is missing from this process's environment.
+        ConfigError: a plug-in cannot be imported here.
     """
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(dict(mapping)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigErrors([interpolation_error(error)]) from error
-    return decode(RunConfig, resolved, resolved.get("plugins") or ())
+    plugins = resolved.get("plugins") or ()
+    check_plugins(plugins)
+    return decode(RunConfig, resolved, plugins)
 
 
 def interpolation_error(error: OmegaConfBaseException) -> ConfigError:

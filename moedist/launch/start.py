@@ -22,7 +22,7 @@ from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Literal
 
 from moedist.launch.process import LAUNCH_ID, die_with_parent, kill_launch, launch_processes
-from moedist.train.status import Status, read_status, write_status
+from moedist.train.status import EXIT_CODES, Status, read_status, write_status
 
 if TYPE_CHECKING:
     from moedist.train.config import LaunchConfig
@@ -139,7 +139,10 @@ def run_ranks(
     status = read_status(run_dir)
     if status == earlier:  # of an earlier start: this one's ranks have said nothing
         status = None
-    return conclude(run_dir, process.returncode, said, stop, launch, status)
+    try:
+        return conclude(run_dir, process.returncode, said, stop, launch, status)
+    except OSError as error:
+        return _unwritten(run_dir, error)
 
 
 Stop = Literal["none", "asked", "late", "at_once"]
@@ -298,6 +301,18 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
         return write_status(run_dir, "io", message, what_to_do=remedy)
     return write_status(
         run_dir, "bug", f"The launcher failed: {last}", what_to_do=f"See {launcher_log(run_dir, launch.nnodes)}."
+    )
+
+
+def _unwritten(run_dir: Path, error: OSError) -> Status:
+    """An end that nobody could write down: the ranks' own words are lost to the same disk."""
+    checkpoint = last_good_checkpoint(run_dir)
+    return Status(
+        "io",
+        EXIT_CODES["io"],
+        f"The run failed, and {run_dir} cannot be written: {error.strerror}.",
+        last_good_checkpoint=None if checkpoint is None else str(checkpoint),
+        what_to_do=f"Make room or mend the disk. {_how_to_go_on(run_dir)}",
     )
 
 

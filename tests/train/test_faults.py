@@ -26,7 +26,7 @@ from moedist.train.run import run_rank
 from moedist.train.status import read_status
 from moedist.train.trainer import Trainer
 from tests.ranks import Here
-from tests.train.tiny import CONFIG, changed, in_folder, rows_of
+from tests.train.tiny import CONFIG, changed, in_folder, no_measuring, rows_of
 
 STEPS = 12
 SMALL = changed(CONFIG, train={"precision": "fp32", "steps": STEPS, "checkpoint_every": 3})
@@ -34,7 +34,7 @@ SMALL = changed(CONFIG, train={"precision": "fp32", "steps": STEPS, "checkpoint_
 
 def train(here: Here, config: RunConfig, fault: str | None = None, at: int = 0) -> int:
     """A run as a rank sees it; ``fault`` strikes in the step after ``at``, most often on rank 1 alone."""
-    with plant(fault, at, here.rank) if fault else contextlib.nullcontext():
+    with no_measuring(), plant(fault, at, here.rank) if fault else contextlib.nullcontext():
         return run_rank(config, Path(config.run.dir or ""), here.mesh_of(config.mesh.ep))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from moedist.train.run import run_rank
 from moedist.train.status import read_status
 from moedist.train.trainer import Totals, Trainer
 from tests.ranks import Here
-from tests.train.tiny import CONFIG, ROWS, changed, digest_of, in_folder, rows_of
+from tests.train.tiny import CONFIG, ROWS, changed, digest_of, in_folder, no_measuring, rows_of
 
 STEPS = 20
 
@@ -36,7 +35,7 @@ def train(here: Here, config: RunConfig, stop_at: int | None = None) -> tuple[in
         The exit code, and the samples that this rank took in each step.
     """
     taken: list[list[int]] = []
-    with told_to_stop(stop_at if here.rank == 1 else None), noted(taken):
+    with told_to_stop(stop_at if here.rank == 1 else None), noted(taken), no_measuring():
         exit_code = run_rank(config, Path(config.run.dir or ""), here.mesh_of(config.mesh.ep))
     return exit_code, taken
 
@@ -98,6 +97,16 @@ def whole(ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return runs
 
 
+FP32 = changed(CONFIG, train={"precision": "fp32"})
+
+
+@pytest.fixture(scope="module")
+def pair(ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """The uninterrupted run of 2 ranks in fp32, which those that stop and go on are held to."""
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, run(ranks, 2, in_folder(FP32, folder, 2))
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-5)])
 def test_expert_parallelism_changes_nothing(whole, precision: str, tolerance: float):
     folder, samples = whole[precision, 1]
@@ -123,44 +132,31 @@ def test_every_sample_once_an_epoch(whole):
     assert sorted(taken[:per_epoch]) == list(range(per_epoch)), "an epoch must hold every sample once"
 
 
-def test_the_same_run_twice_is_bitwise_equal(ranks, whole, tmp_path: Path):
-    config = changed(CONFIG, train={"precision": "fp32"})
-    folder, _ = whole["fp32", 2]
-    run(ranks, 4, in_folder(config, tmp_path, 2))
-    assert rows_of(tmp_path) == rows_of(folder)
+def test_the_same_run_twice_is_bitwise_equal(ranks, whole, pair, tmp_path: Path):
     last = Path("checkpoints", folder_name(STEPS))
-    assert digest_of(config, tmp_path / last) == digest_of(config, folder / last)
-    assert digest_of(config, tmp_path / last) != digest_of(config, whole["fp32", 1][0] / last), "a digest sees bits"
+    folder, _ = pair
+    run(ranks, 2, in_folder(FP32, tmp_path, 2))
+    assert rows_of(tmp_path) == rows_of(folder)
+    assert digest_of(FP32, tmp_path / last) == digest_of(FP32, folder / last)
+    assert digest_of(FP32, whole["fp32", 1][0] / last) != digest_of(FP32, whole["fp32", 2][0] / last), "it sees bits"
 
 
 @pytest.mark.parametrize("stop_at", [1, 7, 12])
-def test_a_stop_and_a_resume_are_bitwise_equal(ranks, whole, tmp_path: Path, stop_at: int):
-    config = changed(CONFIG, train={"precision": "fp32"})
-    folder, samples = whole["fp32", 2]
-    first = run(ranks, 4, in_folder(config, tmp_path, 2), stop_at)
+def test_a_stop_and_a_resume_are_bitwise_equal(ranks, pair, tmp_path: Path, stop_at: int):
+    """Log every 6 steps: the log says what it would have said, and no record stands for the step of the stop."""
+    folder, samples = pair
+    config = changed(FP32, train={"log_every": 6})
+    first = run(ranks, 2, in_folder(config, tmp_path, 2), stop_at)
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == folder_name(stop_at)
     meta = read_meta(tmp_path / "checkpoints" / folder_name(stop_at))
-    assert (meta["step"], meta["next_sample"]) == (stop_at, stop_at * 4 * ROWS)
-    second = run(ranks, 4, in_folder(config, tmp_path, 2, resume="auto"))
+    assert (meta["step"], meta["next_sample"]) == (stop_at, stop_at * 2 * ROWS)
+    second = run(ranks, 2, in_folder(config, tmp_path, 2, resume="auto"))
     assert [*first, *second] == samples
-    assert rows_of(tmp_path) == rows_of(folder)
+    expected = {step: row for step, row in rows_of(folder).items() if step in (6, 12, 18, 20)}
+    assert rows_of(tmp_path) == expected
     last = Path("checkpoints", folder_name(STEPS))
     assert digest_of(config, tmp_path / last) == digest_of(config, folder / last)
     assert read_meta(tmp_path / last)["run_id"] == meta["run_id"]
-
-
-def test_a_stop_between_two_log_steps(ranks, whole, tmp_path: Path):
-    """Log every 6 steps, stop after 8 with accumulation that two ranks need; the log says what it would have said."""
-    config = changed(CONFIG, train={"precision": "fp32", "log_every": 6, "global_batch_tokens": 128})
-    run(ranks, 2, in_folder(config, tmp_path / "whole", 2))
-    parts = in_folder(config, tmp_path / "parts", 2)
-    run(ranks, 2, parts, stop_at=8)
-    assert sorted(rows_of(tmp_path / "parts")) == [6]
-    run(ranks, 2, in_folder(config, tmp_path / "parts", 2, resume="auto"))
-    assert sorted(rows_of(tmp_path / "parts")) == [6, 12, 18, 20]
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    last = Path("checkpoints", folder_name(STEPS))
-    assert digest_of(config, tmp_path / "parts" / last) == digest_of(config, tmp_path / "whole" / last)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-5)])
@@ -178,20 +174,14 @@ def test_a_resume_at_other_layouts(ranks, whole, tmp_path: Path, precision: str,
     assert values(tmp_path, "moe/layer_01/kept") == values(folder, "moe/layer_01/kept")
 
 
-def test_a_branch_of_another_run_gets_a_name_of_its_own(ranks, whole, tmp_path: Path):
+def test_a_branch_of_another_run_gets_a_name_of_its_own(ranks, pair, tmp_path: Path):
     """run.resume=PATH: goes on from the checkpoint in a folder of its own, and leaves the other run as it is."""
-    config = changed(CONFIG, train={"precision": "fp32"})
-    source = tmp_path / "source"
-    run(ranks, 4, in_folder(config, source, 2), stop_at=12)
+    source, branch = tmp_path / "source", tmp_path / "branch"
+    run(ranks, 2, in_folder(FP32, source, 2), stop_at=12)
     before = sorted(path.name for path in source.rglob("*"))
-    branch = in_folder(config, tmp_path / "branch", 2, resume=str(source))
-    run(ranks, 4, branch)
-    folder, _ = whole["fp32", 2]
-    assert rows_of(tmp_path / "branch") == {step: row for step, row in rows_of(folder).items() if step > 12}
+    run(ranks, 2, in_folder(FP32, branch, 2, resume=str(source)))
+    folder, _ = pair
+    assert rows_of(branch) == {step: row for step, row in rows_of(folder).items() if step > 12}
     assert sorted(path.name for path in source.rglob("*")) == before
-    ids = {
-        read_meta(path)["run_id"]
-        for path in (source / "checkpoints" / folder_name(12), tmp_path / "branch" / "checkpoints" / folder_name(STEPS))
-    }
-    assert len(ids) == 2
-    shutil.rmtree(source)
+    ends = (source / "checkpoints" / folder_name(12), branch / "checkpoints" / folder_name(STEPS))
+    assert len({read_meta(path)["run_id"] for path in ends}) == 2
