@@ -101,7 +101,7 @@ def test_the_bias_stays_in_fp32_and_is_saved():
     assert torch.equal(layer.router.selection_bias, values_E)
     state = layer.state_dict()
     assert torch.equal(state["router.selection_bias"], values_E)
-    other = config.build(8, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+    other = config.build(8, device="meta").bfloat16().to_empty(device="cpu")
     assert other.router.selection_bias.dtype == torch.float32
     other.init_weights(named_draw(0))
     assert (other.router.selection_bias == 0).all()
