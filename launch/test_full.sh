@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Like test.sh, with the slow tests and, where there is a GPU, those that need one. A test that is skipped fails it.
+# Like test.sh, with the slow tests, those against other libraries among them, and, where there is a GPU, those that
+# need one. A test that is skipped fails it.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-prepare_venv test
+prepare_venv test,reference
 selected="gpu or not gpu"
 if ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "No GPU here: the tests marked gpu are left out."

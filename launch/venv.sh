@@ -44,7 +44,7 @@ make_venv() {
     "$python" -m venv --clear "$VENV" || fail "the virtual environment $VENV cannot be made. See above."
 }
 
-# prepare_venv [test]: installs moedist from this checkout, with the extra of that name, in the versions of
+# prepare_venv [extra[,extra]]: installs moedist from this checkout, with the extras of these names, in the versions of
 # constraints.txt. Does nothing where that has been done and neither they nor pyproject.toml have changed since.
 prepare_venv() {
     local extra="${1:-}" wanted stamp

@@ -22,6 +22,10 @@ from moedist.moe.context import TokenContext
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig, MoELayer
 from moedist.moe.plan import plan_capacity
+from moedist.moe.router.contract import Router, Routing
+from moedist.moe.router.cosine import CosineRouter
+from moedist.moe.router.hash import HashRouter
+from moedist.moe.router.mlp import MLPRouter
 from moedist.parallel import spread
 
 DIM, HIDDEN, NUM_EXPERTS, ROWS, LENGTH = 8, 12, 8, 3, 8
@@ -51,11 +55,13 @@ def batch_of(scene: Scene, rank: int, num_tokens: int, step: int = 3) -> tuple[T
     """Vectors [T, D] (fp64) and context of a rank; every process can make every rank's."""
     generator = torch.Generator().manual_seed(100 + rank)
     x_TD = torch.randn(ROWS * LENGTH, DIM, dtype=torch.float64, generator=generator)
+    ids_T = torch.randint(50, (ROWS * LENGTH,), generator=generator)
     if scene.steer is not None:
         x_TD[:, 0] = 4.0 + x_TD[:, 0].abs()
     ctx = TokenContext.of_rows(
         ROWS,
         LENGTH,
+        id_T=torch.zeros(ROWS * LENGTH, dtype=torch.int64) if scene.steer is not None else ids_T,
         valid_T=scene.valid_T(rank),
         sample_B=torch.arange(ROWS) + rank * ROWS,
         num_tokens=torch.tensor(num_tokens),
@@ -66,13 +72,26 @@ def batch_of(scene: Scene, rank: int, num_tokens: int, step: int = 3) -> tuple[T
 
 
 def build(config: MoEConfig, scene: Scene) -> MoELayer:
-    """A layer in fp64, the same at every call; a steered one sends every token to one expert first."""
+    """A layer in fp64, the same at every call; a steered one sends every token to one expert first, where the router
+    looks at vectors."""
     layer = config.build(DIM, dtype=torch.float64)
+    if layer.router.selection_bias is not None:
+        layer.router.selection_bias.copy_(torch.linspace(-0.2, 0.2, NUM_EXPERTS))
     if scene.steer is not None:
-        with torch.no_grad():
-            layer.router.weight[:, 0] *= 0.1
-            layer.router.weight[scene.steer, 0] = 3.0
+        steer(layer.router, scene.steer)
     return layer
+
+
+@torch.no_grad()
+def steer(router: Router, expert: int) -> None:
+    """Prefers one expert for every token of a steered scene."""
+    if isinstance(router, MLPRouter):
+        router.bias[expert] = 6.0
+    elif isinstance(router, CosineRouter):
+        router.weight[expert] = router.projection[:, 0]
+    elif not isinstance(router, HashRouter):
+        router.weight[:, 0] *= 0.1
+        router.weight[expert, 0] = 3.0
 
 
 def task_loss(out_TD: Tensor, ctx: TokenContext, num_tokens: int) -> Tensor:
@@ -105,23 +124,22 @@ def one_device(config: MoEConfig, scene: Scene, world: int) -> Result:
     num_tokens = sum(int(scene.valid_T(rank).sum()) for rank in range(world))
     batches = [batch_of(scene, rank, num_tokens) for rank in range(world)]
     xs = [x_TD.requires_grad_() for x_TD, _ in batches]
-    outputs, kept = [], []
+    outputs, kept, routings = [], [], []
     for x_TD, (_, ctx) in zip(xs, batches, strict=True):
-        routing = layer.router(x_TD, ctx)
+        routings.append(routing := layer.router(x_TD, ctx))
         plan = plan_capacity(routing, ctx, config.capacity, layer=0)
         out_TD = layer.bank(x_TD, plan)
         outputs.append(out_TD if layer.shared is None else out_TD + layer.shared(x_TD))
         kept.append(plan.kept_E)
     total = sum(task_loss(out, ctx, num_tokens) for out, (_, ctx) in zip(outputs, batches, strict=True))
     # Balance losses on the tokens of all ranks at once, or rank by rank where that is their scope.
-    together = [concatenated(xs, [ctx for _, ctx in batches])]
+    contexts = [ctx for _, ctx in batches]
+    together = [(concatenated_routings(routings), concatenated(contexts))]
     losses = {}
-    for name, loss in layer.balance.items():
+    for name, loss in layer.losses.items():
         alone = getattr(config.balance[name], "scope", "global") == "micro_batch"
-        parts = list(zip(xs, (ctx for _, ctx in batches), strict=True)) if alone else together
         value = torch.zeros((), dtype=torch.float64)
-        for x_TD, ctx in parts:
-            routing = layer.router(x_TD, ctx)
+        for routing, ctx in zip(routings, contexts, strict=True) if alone else together:
             value = value + loss(routing, plan_capacity(routing, ctx, config.capacity, layer=0), ctx)
         losses[name] = value.detach()
         total = total + config.balance[name].coefficient * value
@@ -135,11 +153,25 @@ def one_device(config: MoEConfig, scene: Scene, world: int) -> Result:
     )
 
 
-def concatenated(xs: list[Tensor], contexts: list[TokenContext]) -> tuple[Tensor, TokenContext]:
+def concatenated_routings(routings: list[Routing]) -> Routing:
+    """All ranks' pairs, as each rank has chosen them (some routers look at all tokens of a rank)."""
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(routing, name) for routing in routings]
+        return None if parts[0] is None else torch.cat(parts)
+
+    tensors = ("expert_N", "gate_N", "score_TE", "logits_TE", "probs_TE", "live_N", "load_TE")
+    return dataclasses.replace(
+        routings[0],
+        token_N=torch.cat([routing.token_N + index * ROWS * LENGTH for index, routing in enumerate(routings)]),
+        **{name: joined(name) for name in tensors},
+    )
+
+
+def concatenated(contexts: list[TokenContext]) -> TokenContext:
     """All ranks' tokens as one batch."""
-    first = contexts[0]
-    return torch.cat(xs), dataclasses.replace(
-        first,
+    return dataclasses.replace(
+        contexts[0],
         id_T=torch.cat([ctx.id_T for ctx in contexts]),
         valid_T=torch.cat([ctx.valid_T for ctx in contexts]),
         sequence_T=torch.cat([ctx.sequence_T + ROWS * index for index, ctx in enumerate(contexts)]),

@@ -92,4 +92,5 @@ def _check(prefix: str, function: Callable[..., object], *args: object, **kwargs
 
 
 def _under(prefix: str, error: ConfigError) -> ConfigError:
-    return error if error.key.startswith(f"{prefix}.") else error.under(prefix)
+    known = error.key.startswith((f"{prefix}.", "moe."))  # a model speaks of the run's MoE layer by its full key
+    return error if known else error.under(prefix)

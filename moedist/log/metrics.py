@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moedist.log.sink.contract import Value
 
-ASKED, KEPT = 0, 1
+ASKED, KEPT, DROPPED = 0, 1, 2
 Z_LOSS = "z_loss"
 
 
@@ -27,7 +27,8 @@ class MoEStep:
         loss_names: the J names of ``loss_LJ``; ``z_loss`` is the router's z-loss, the others are balance losses.
         loss_LJ: unscaled losses.
         entropy_L: router entropy, mean over tokens of H(p) / ln E.
-        count_LME: int64 pairs per expert by global id; M = 2: asked before the limit, kept after it.
+        count_LME: int64 pairs per expert by global id; M = 3: asked before the limit, computed after it, and asked but
+            computed by none.
         last_seen_LE: int64, the last step at which a pair asked for the expert; 0 for never (`see_experts`).
     """
 
@@ -109,6 +110,7 @@ def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
         record |= {f"{prefix}/{name}": column[layer] for name, column in columns.items()}
         record[f"{prefix}/load"] = counts_LME[layer][ASKED]
         record[f"{prefix}/kept"] = counts_LME[layer][KEPT]
+        record[f"{prefix}/dropped"] = counts_LME[layer][DROPPED]
     return record
 
 

@@ -132,6 +132,9 @@ class Decoder(LanguageModel):
     ):
         super().__init__()
         specs = config.blocks()
+        for spec in specs:
+            assert spec.ffn is not None
+            spec.ffn.check_causal(moe)
         self.embedding = Embedding(vocab_size, config.dim, device=device, dtype=dtype)
         blocks = [
             Block(spec, config.dim, layer=index, num_layers=len(specs), moe=moe, device=device, dtype=dtype)

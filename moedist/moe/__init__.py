@@ -3,9 +3,9 @@
 ``MoEConfig(num_experts=8).build(dim=64)`` is a working layer; `moedist.moe.layer` is the page to read first.
 """
 
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig, MoELayer, MoEOutput
-from moedist.moe.plan import CapacityConfig
 from moedist.moe.report import MoEReport
 
 __all__ = ["CapacityConfig", "MoEConfig", "MoELayer", "MoEOutput", "MoEReport", "TokenContext"]

@@ -31,6 +31,24 @@ def named_draw(seed: int, prefix: str = "") -> Draw:
     return lambda name: named_generator(seed, f"{prefix}.{name}" if prefix else name)
 
 
+def fill_xavier_normal(parameter: Tensor, generator: torch.Generator) -> None:
+    """Fills a matrix in place: normal, standard deviation sqrt(2 / (rows + columns)) (Glorot and Bengio 2010)."""
+    _fill(parameter, lambda drawn: nn.init.xavier_normal_(drawn, generator=generator))
+
+
+def fill_xavier_uniform(parameter: Tensor, generator: torch.Generator) -> None:
+    """Fills a matrix in place: uniform within sqrt(6 / (rows + columns)) (Glorot and Bengio 2010)."""
+    _fill(parameter, lambda drawn: nn.init.xavier_uniform_(drawn, generator=generator))
+
+
+def _fill(parameter: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
+    assert not parameter.is_meta, "a meta tensor has no storage to fill: call to_empty(device=...) first"
+    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    fill(drawn)
+    with torch.no_grad():
+        parameter.copy_(drawn)
+
+
 def below(draw: Draw, child: str) -> Draw:
     """The `Draw` of a module's child."""
     return lambda name: draw(f"{child}.{name}")

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from moedist.config import Config, ConfigError, require
 from moedist.mesh import Axis
-from moedist.moe.balance.contract import BalanceConfig, BalanceLoss, per_token
+from moedist.moe.balance.contract import BalanceBias, BalanceConfig, BalanceLoss, per_token
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.bank.contract import BankConfig
 from moedist.moe.bank.dispatched import DispatchedConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.contract import DispatchConfig
@@ -24,7 +25,7 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import SharedExpert
 from moedist.moe.init import Draw, below, named_draw
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityConfig, CapacityPlan, plan_capacity
+from moedist.moe.plan import CapacityPlan, plan_capacity
 from moedist.moe.report import MoEReport
 from moedist.moe.router.contract import RouterConfig, Routing
 from moedist.moe.router.topk import TopKConfig
@@ -68,9 +69,21 @@ class MoEConfig(Config):
             "Set it to 1 or more, or to null for no shared expert.",
         )
         try:
-            self.router.build(1, self.num_experts, device="meta")
+            router = self.router.build(1, self.num_experts, device="meta")
         except ConfigError as error:
             raise error.under("router") from None
+        require(
+            not self.router.has_own_capacity or self.capacity.dropless,
+            "capacity.factor",
+            self.capacity.factor,
+            f"comes on top of the capacity that the router {self.router.kind} has itself",
+            f"Set moe.capacity.factor to null; moe.router.factor of {self.router.kind} bounds the load.",
+        )
+        for name, balance in self.balance.items():
+            try:
+                balance.check(router)
+            except ConfigError as error:
+                raise error.under(f"balance.{name}") from None
 
     def check_spread(self, ep: int) -> None:
         """Raises `ConfigError` where the layer cannot be spread over ``ep`` expert-parallel ranks."""
@@ -127,7 +140,11 @@ class MoELayer(nn.Module):
         self.router = config.router.build(dim, config.num_experts, layer=layer, device=device, dtype=dtype)
         experts = config.experts.build(dim, config.num_experts, device=device, dtype=dtype)
         self.bank = config.bank.build(experts, config.dispatch)
-        self.balance = nn.ModuleDict({name: loss.build(config.num_experts) for name, loss in config.balance.items()})
+        methods = {name: method.build(config.num_experts) for name, method in config.balance.items()}
+        self.losses = nn.ModuleDict({name: part for name, part in methods.items() if isinstance(part, BalanceLoss)})
+        self.bias_rules = nn.ModuleList(part for part in methods.values() if isinstance(part, BalanceBias))
+        if self.bias_rules:
+            self.router.add_selection_bias(config.num_experts)
         self.shared: SharedExpert | None = None
         if config.shared_hidden_dim is not None:
             shared = LoopConfig(
@@ -148,24 +165,40 @@ class MoELayer(nn.Module):
 
     def report(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> MoEReport:
         """Balance losses in training only; counts and entropy always."""
-        losses = {name: loss(routing, plan, ctx) for name, loss in self.balance.items()} if ctx.training else {}
+        losses, coefficients = {}, {}
+        for name, loss in self.losses.items() if ctx.training else ():
+            assert isinstance(loss, BalanceLoss)
+            losses[name], coefficients[name] = loss(routing, plan, ctx), loss.coefficient(ctx)
         with torch.no_grad():
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
             largest = max(math.log(self.config.num_experts), 1e-30)
             return MoEReport(
                 losses=losses,
-                coefficients={name: self.config.balance[name].coefficient for name in losses},
+                coefficients=coefficients,
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
+                dropped_E=plan.dropped_E,
             )
 
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:
         """Keeps this rank's experts; rows travel over ``ep``, global counts over ``dp`` from now on."""
         self.bank.spread(placement, ep)
-        for loss in self.balance.children():
+        for loss in self.losses.children():
             assert isinstance(loss, BalanceLoss)
             loss.dp = dp
+
+    @torch.no_grad()
+    def move_bias(self, load_E: Tensor) -> None:
+        """Moves the selection bias by every rule; called once per optimizer step.
+
+        Args:
+            load_E: int64 pairs that the step's whole global batch asked of each expert, before any limit.
+        """
+        for rule in self.bias_rules:
+            assert isinstance(rule, BalanceBias)
+            assert self.router.selection_bias is not None
+            self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E))
 
     def init_weights(self, draw: Draw) -> None:
         """Fills router, experts (by global id) and shared expert from named draws."""
@@ -173,3 +206,10 @@ class MoELayer(nn.Module):
         self.bank.init_weights(below(draw, "bank.experts"))
         if self.shared is not None:
             self.shared.init_weights(below(draw, "shared"))
+
+
+def routing_label(model: nn.Module) -> str | None:
+    """What every line and record of a run must say of its routing (forced, for one); None for a model's own."""
+    layers = (module for module in model.modules() if isinstance(module, MoELayer))
+    labels = dict.fromkeys(layer.config.router.label for layer in layers)
+    return ", ".join(label for label in labels if label is not None) or None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moedist.moe.context import TokenContext
 
-ROUTER_NOISE, RANDOM_DROP = 1, 2
+ROUTER_NOISE, RANDOM_DROP, INPUT_JITTER, FORCED = 1, 2, 3, 4
 """Streams: draws of one name that must not be equal."""
 
 
@@ -51,6 +51,15 @@ def draw_uniform(ctx: TokenContext, num_columns: int, *, layer: int, stream: int
     state_TN = _mix(state_T[:, None] + _GOLDEN * column)
     # 52 bits, because a half more than 53 of them would round to an end of the interval.
     return (_shift(state_TN, 12).double() + 0.5) * 2.0**-52
+
+
+def hash_columns(id_T: Tensor, num_columns: int, key: tuple[int, ...]) -> Tensor:
+    """int64 [T, num_columns]: a number for each id and column that depends on the id and the key alone."""
+    state_T = id_T
+    for part in key:
+        state_T = _mix(state_T + _signed(_GOLDEN * (part + 1)))
+    column = torch.arange(1, num_columns + 1, device=id_T.device)
+    return _mix(state_T[:, None] + _GOLDEN * column)
 
 
 def draw_normal(ctx: TokenContext, num_columns: int, *, layer: int, stream: int) -> Tensor:

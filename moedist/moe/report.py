@@ -16,17 +16,19 @@ class MoEReport:
     Attributes:
         losses: unscaled balance losses by name, 0-dim, fp32 or wider, with gradient: this rank's share, so that the
             sum over ranks and micro-batches is the value of the step.
-        coefficients: what each loss is multiplied by, once, in the objective.
+        coefficients: 0-dim, what each loss is multiplied by, once, in the objective.
         router_entropy: 0-dim, without gradient: this rank's share of mean over tokens of H(p) / ln E.
         asked_E: int64 pairs per expert (global id) before any limit.
-        kept_E: int64 pairs per expert after it.
+        kept_E: int64 pairs that each expert computed.
+        dropped_E: int64 pairs that asked for each expert and were computed by none.
     """
 
     losses: dict[str, Tensor]
-    coefficients: dict[str, float]
+    coefficients: dict[str, Tensor]
     router_entropy: Tensor
     asked_E: Tensor
     kept_E: Tensor
+    dropped_E: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class PackedReports:
         loss_LJ: unscaled shares with gradient; 0 where a layer lacks a loss.
         coefficient_LJ: their coefficients.
         entropy_L: shares of the router entropy.
-        count_LME: int64; M = 2: asked, kept.
+        count_LME: int64; M = 3: asked, kept, dropped.
     """
 
     names: tuple[str, ...]
@@ -57,11 +59,12 @@ def pack_reports(reports: Sequence[MoEReport]) -> PackedReports:
     names = tuple(dict.fromkeys(name for report in reports for name in report.losses))
     zero = reports[0].router_entropy.new_zeros(())
     loss_LJ = torch.stack([torch.stack([r.losses.get(name, zero) for name in names] or [zero]) for r in reports])
-    coefficient_LJ = loss_LJ.new_tensor([[r.coefficients.get(name, 0.0) for name in names] or [0.0] for r in reports])
+    weights = [[r.coefficients.get(name, zero) for name in names] or [zero] for r in reports]
+    coefficient_LJ = torch.stack([torch.stack([w.to(zero.dtype) for w in row]) for row in weights])
     return PackedReports(
         names=names,
         loss_LJ=loss_LJ,
         coefficient_LJ=coefficient_LJ,
         entropy_L=torch.stack([r.router_entropy for r in reports]),
-        count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E]) for r in reports]),
+        count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E, r.dropped_E]) for r in reports]),
     )

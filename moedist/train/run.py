@@ -21,6 +21,7 @@ from moedist.log.sink.contract import RunInfo
 from moedist.mesh import Mesh
 from moedist.mesh.collectives import broadcast_json
 from moedist.mesh.slow import slow_axis
+from moedist.moe.layer import routing_label
 from moedist.train.build import SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointStore, read_meta
 from moedist.train.config import RunConfig
@@ -93,11 +94,14 @@ def eval_rank(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, te
         check_same_data(meta, source, config)
         watchdog.enter("eval", meta["step"], slow_s)
         loss = evaluate(model, source, config, mesh)
+        label = routing_label(model)
+        note = f"  [{label}]" if label is not None else ""
         if mesh.dp.rank == 0:
             result = {"train/step": meta["step"], "eval/loss": loss, "checkpoint": str(checkpoint)}
+            result |= {"moe/routing": label} if label is not None else {}
             (run_dir / "eval.json").write_text(json.dumps(result) + "\n")
-            print(f"step {meta['step']}  held-out loss {loss:.4f} nats per token", file=terminal or sys.stdout)
-        end.at("done", f"Step {meta['step']}: held-out loss {loss:.4f} nats per token.")
+            print(f"step {meta['step']}  held-out loss {loss:.4f} nats per token{note}", file=terminal or sys.stdout)
+        end.at("done", f"Step {meta['step']}: held-out loss {loss:.4f} nats per token{note}.")
     return end.exit_code
 
 
@@ -196,6 +200,8 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     note = moe.dispatch.note(moe.num_experts, moe.router.experts_per_token(moe.num_experts), moe.capacity.dropless)
     if note is not None:
         log.say(f"note   {note}")
+    if (label := routing_label(spread.model)) is not None:
+        log.say(f"note   {label} routing: the numbers of this run are not a trained model's")
     if found is not None:
         log.say(f"resume {found}")
 
@@ -210,6 +216,7 @@ def summarize(log: RunLog, trainer: Trainer, run_dir: Path) -> None:
         "MaxVio": ("moe/max_vio", "{:.2f}"),
         "dead experts": ("moe/dead_experts", "{}"),
         "throughput": ("train/tokens_per_s", "{:,.0f} tokens/s"),
+        "routing": ("moe/routing", "{}"),
     }
     for title, (key, form) in rows.items():
         if record.get(key) is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from moedist.log.metrics import MoEStep, see_experts
+from moedist.log.metrics import ASKED, MoEStep, see_experts
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_max, all_sum
 from moedist.moe.report import PackedReports
@@ -58,6 +58,11 @@ class Tally:
         """Ends a step: notes which experts this rank's tokens asked for."""
         if self._sum is not None:
             self.last_seen_LE = see_experts(self.last_seen_LE, self._sum.count_LME, step)
+
+    def global_load(self, axis: Axis) -> Tensor:
+        """int64 [L, E]: pairs that the step asked of each expert, over all ranks; called by all."""
+        assert self._sum is not None, "a model without MoE layers"
+        return all_sum(self._sum.count_LME[:, ASKED].clone(), axis)
 
     def share_last_seen(self, axis: Axis) -> Tensor:
         """``last_seen_LE`` over all ranks; called by all."""

@@ -22,6 +22,7 @@ from moedist.mesh.collectives import all_sum
 from moedist.model.batch import TokenBatch
 from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
+from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.report import pack_reports
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast
 from moedist.train.checkpoint import CheckpointStore, DiskError
@@ -84,6 +85,7 @@ class Trainer:
         self.config, self.mesh, self.source, self.spread = config, mesh, source, spread
         self.store, self.stop, self.watchdog, self.progress, self.meta = store, stop, watchdog, progress, meta
         self.model = spread.model
+        self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
         optimizer = config.train.optimizer.build(self.model, spread.gradients)
         self.engine = config.engine.build(self.model, optimizer, spread.gradients, config.train.clip_norm)
         num_layers = len(self.model.moe_blocks)
@@ -233,9 +235,17 @@ class Trainer:
         progress.tokens += totals.num_tokens
         progress.next_sample = loader.next_sample
         self.tally.see(progress.step)
+        self.move_biases()
         self.seconds += time.perf_counter() - start
         self.seconds_tokens += totals.num_tokens
         return True
+
+    def move_biases(self) -> None:
+        """Lets every layer that balances by a bias move it, once per step, by the counts of the whole global batch."""
+        if any(layer.bias_rules for layer in self.moe_layers):
+            load_LE = self.tally.global_load(self.mesh.dp)
+            for layer, load_E in zip(self.moe_layers, load_LE, strict=True):
+                layer.move_bias(load_E)
 
     def agree(self, micro_batches: list[TokenBatch]) -> Totals:
         """Sizes of the global batch, and whether any rank was asked to stop."""
@@ -264,6 +274,8 @@ class Trainer:
         self.seconds, self.seconds_tokens = 0.0, 0
         if total.moe is not None:
             record |= moe_metrics(total.moe, self.progress.step, self.config.log.dead_window)
+        if (label := routing_label(self.model)) is not None:
+            record["moe/routing"] = label
         if evaluated:
             record["eval/loss"] = self.eval_loss
         self.last_record = record

@@ -64,14 +64,29 @@ class Outer(Config):
 def test_to_mapping():
     assert to_mapping(Outer()) == {
         "inner": {"sizes": [1, 2]},
-        "router": {"kind": "topk", "top_k": 2, "noise_std": 0.0, "renormalize": None},
+        "router": {
+            "kind": "topk",
+            "mode": "top_k",
+            "top_k": 2,
+            "score": "softmax",
+            "renormalize": None,
+            "scale": 1.0,
+            "groups": None,
+            "noise_std": 0.0,
+            "input_jitter": 0.0,
+            "bias": False,
+        },
         "by_name": {"a": {"sizes": [3]}},
         "nothing": None,
     }
     assert list(to_mapping(Outer())["router"])[0] == "kind"
     mapping = to_mapping(MoEConfig())
     assert mapping["dispatch"] == {"kind": "all_to_all"}
-    assert mapping["balance"]["switch"] == {"kind": "switch", "coefficient": 0.01, "scope": "global"}
+    assert {key: mapping["balance"]["switch"][key] for key in ("kind", "coefficient", "scope")} == {
+        "kind": "switch",
+        "coefficient": 0.01,
+        "scope": "global",
+    }
     assert "kind" not in mapping and "kind" not in mapping["capacity"]
 
 

@@ -16,14 +16,14 @@ PAGE = ROOT / "docs" / "adding.md"
 
 def test_a_router_in_a_package_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (code,) = blocks(PAGE, "python")
-    yaml = next(block for block in blocks(PAGE, "yaml") if "hash_defaults" in block)
-    for path, text in {"moe/router/hash.py": code, "conf/moe/router/hash.yaml": yaml}.items():
+    yaml = next(block for block in blocks(PAGE, "yaml") if "modulo_defaults" in block)
+    for path, text in {"moe/router/modulo.py": code, "conf/moe/router/modulo.yaml": yaml}.items():
         (file := tmp_path / "my_parts" / path).parent.mkdir(parents=True)
         file.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    config = compose(["plugins=[my_parts]", "moe/router=hash", "moe.router.multiplier=7"]).config
-    assert (config.moe.router.kind, config.moe.router.multiplier) == ("hash", 7)
+    config = compose(["plugins=[my_parts]", "moe/router=modulo", "moe.router.multiplier=7"]).config
+    assert (config.moe.router.kind, config.moe.router.multiplier) == ("modulo", 7)
     layer = config.moe.build(dim=8)
     ids_T = torch.arange(6)
     output = layer(torch.randn(6, 8), TokenContext.of_rows(2, 3, id_T=ids_T))

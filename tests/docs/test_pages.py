@@ -42,7 +42,7 @@ def known_keys() -> set[str]:
 
 def known_metrics() -> set[str]:
     zeros_LE = torch.zeros(1, 2, dtype=torch.int64)
-    moe = MoEStep([0], ["switch", "z_loss"], torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 2, 2), zeros_LE)
+    moe = MoEStep([0], ["switch", "z_loss"], torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3, 2), zeros_LE)
     train = train_metrics(
         step=1,
         loss=0.0,
@@ -85,7 +85,7 @@ def test_quoted_choices_and_metrics_exist(page: Path):
         if re.fullmatch(r"(moe|model|train|log|eval)(/\w+)+", name) and not (ROOT / name).exists():
             if kind:
                 assert name in GROUPS, f"{name_of(page)} speaks of {text}"
-                if kind != "hash":  # the example of docs/adding.md
+                if kind != "modulo":  # the example of docs/adding.md
                     assert kind in list_choices(GROUPS[name].base), f"{name_of(page)} speaks of {text}"
             else:
                 metric = re.sub(r"layer_NN", "layer_00", name)

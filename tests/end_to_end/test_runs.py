@@ -173,7 +173,8 @@ def test_metrics_hold_the_documented_keys(whole: Story):
         "train/lr_router", "train/lr_experts", "train/lr_other", "train/mfu",
         "moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/max_vio", "moe/router_entropy", "moe/load_entropy",
         "moe/dead_experts",
-        "moe/layer_01/load", "moe/layer_01/kept", "moe/layer_01/balance_loss", "moe/layer_01/z_loss",
+        "moe/layer_01/load", "moe/layer_01/kept", "moe/layer_01/dropped",
+        "moe/layer_01/balance_loss", "moe/layer_01/z_loss",
         "moe/layer_01/drop_rate", "moe/layer_01/max_vio", "moe/layer_01/router_entropy", "moe/layer_01/dead_experts",
     }  # fmt: skip
     for row in rows:
@@ -187,6 +188,7 @@ def test_metrics_agree_with_the_loads(whole: Story):
         load, kept = row["moe/layer_01/load"], row["moe/layer_01/kept"]
         assert len(load) == len(kept) == EXPERTS and sum(load) == TOKENS_STEP * TOP_K
         assert all(stays <= min(asks, limit) for stays, asks in zip(kept, load, strict=True))
+        assert row["moe/layer_01/dropped"] == [asks - stays for stays, asks in zip(kept, load, strict=True)]
         assert row["moe/drop_rate"] == pytest.approx(1 - sum(kept) / sum(load), abs=1e-12)
         assert row["moe/max_vio"] == row["moe/layer_01/max_vio"] == pytest.approx(max(load) * EXPERTS / sum(load) - 1)
         assert row["train/tokens"] == row["train/step"] * TOKENS_STEP
@@ -207,7 +209,9 @@ def test_the_offline_wandb_file_holds_them_too(whole: Story):
         for key, value in row.items():
             if isinstance(value, list):
                 assert stored[f"{key}.values"] == value
-                assert [stored[f"moe/layer_01/expert_{e:03d}/{key[-4:]}"] for e in range(EXPERTS)] == value
+                assert [
+                    stored[f"moe/layer_01/expert_{e:03d}/{key.rpartition('/')[2]}"] for e in range(EXPERTS)
+                ] == value
             else:
                 assert stored[key] == pytest.approx(value, rel=1e-12)
 

@@ -31,7 +31,9 @@ def two_layers() -> MoEStep:
         loss_names=["switch", "z_loss"],
         loss_LJ=torch.tensor([[1.5, 0.2], [1.0, 0.4]]),
         entropy_L=torch.tensor([0.5, 1.0]),
-        count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0]], [[2, 2, 2, 2], [2, 2, 2, 2]]]),
+        count_LME=torch.tensor(
+            [[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0]], [[2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0]]]
+        ),
         last_seen_LE=torch.tensor([[120, 120, 120, 20], [120, 120, 120, 120]]),
     )
 
@@ -66,7 +68,7 @@ def test_an_expert_is_dead_from_the_window_th_step_without_load_on():
 
 
 def test_see_experts_remembers_the_last_step_with_load_even_if_all_pairs_were_dropped():
-    count_LME = torch.tensor([[[3, 0, 1], [2, 0, 0]]])
+    count_LME = torch.tensor([[[3, 0, 1], [2, 0, 0], [1, 0, 1]]])
     seen_LE = see_experts(torch.tensor([[5, 6, 7]]), count_LME, step=9)
     assert seen_LE.tolist() == [[9, 6, 9]] and seen_LE.dtype == torch.int64
 
@@ -77,8 +79,10 @@ def test_a_step_becomes_totals_and_layers_under_the_blocks_of_the_model():
     assert lists == {
         "moe/layer_01/load": [5, 2, 1, 0],
         "moe/layer_01/kept": [3, 2, 1, 0],
+        "moe/layer_01/dropped": [2, 0, 0, 0],
         "moe/layer_03/load": [2, 2, 2, 2],
         "moe/layer_03/kept": [2, 2, 2, 2],
+        "moe/layer_03/dropped": [0, 0, 0, 0],
     }
     assert record == pytest.approx(
         {

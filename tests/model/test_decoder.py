@@ -21,9 +21,9 @@ from moedist.model.layers.contract import LayerSpec
 from moedist.model.layers.interleaved import InterleavedConfig
 from moedist.model.layers.listed import ListedConfig
 from moedist.model.loss import token_loss
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig
 from moedist.moe.report import pack_reports
 from tests.model.rows import VOCAB_SIZE, batch_of, step_of
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from moedist.launch.compose import compose
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.experts.contract import Experts, Rows
 from moedist.moe.init import Draw
-from moedist.moe.plan import CapacityConfig, CapacityPlan, plan_capacity
+from moedist.moe.layer import MoEConfig
+from moedist.moe.plan import CapacityPlan, plan_capacity
 from moedist.moe.router.contract import Routing
 from moedist.moe.router.topk import TopKConfig
 
@@ -30,7 +34,7 @@ def routing_of(
         token_N=torch.arange(num_tokens).repeat_interleave(top_k),
         expert_N=expert.reshape(-1),
         gate_N=gate.reshape(-1),
-        score_N=gate.detach().reshape(-1),
+        score_TE=torch.zeros(num_tokens, num_experts, dtype=torch.float64).scatter(1, expert, gate),
         logits_TE=probs_TE.log(),
         probs_TE=probs_TE,
         pairs_per_token=top_k,
@@ -39,11 +43,25 @@ def routing_of(
 
 def route_logits(logits_TE: Tensor, ctx: TokenContext, **config: object) -> Routing:
     """What the top-k router makes of given logits: its weight is the identity."""
+    return route_by(TopKConfig(**config), logits_TE, ctx)
+
+
+def route_by(config: TopKConfig, logits_TE: Tensor, ctx: TokenContext, bias_E: Tensor | None = None) -> Routing:
+    """The same by a config, with a selection bias where one is given."""
     num_experts = logits_TE.shape[1]
-    router = TopKConfig(**config).build(num_experts, num_experts, dtype=logits_TE.dtype)
+    router = config.build(num_experts, num_experts, dtype=logits_TE.dtype)
     with torch.no_grad():
         router.weight.copy_(torch.eye(num_experts))
+    if bias_E is not None:
+        router.add_selection_bias(num_experts)
+        router.selection_bias.copy_(bias_E)
     return router(logits_TE, ctx)
+
+
+@functools.cache
+def preset_config(name: str) -> MoEConfig:
+    """What ``moe=<name>`` composes to."""
+    return compose(["experiment=null", f"moe={name}"]).config.moe
 
 
 def kept(plan: CapacityPlan) -> list[tuple[int, int, int]]:

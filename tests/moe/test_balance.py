@@ -10,9 +10,10 @@ import torch
 from moedist.config import ConfigError
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.topk import TopKConfig
 from moedist.parallel import spread
 from tests.moe.by_hand import dropless, route_logits, routing_of

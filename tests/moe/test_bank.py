@@ -9,11 +9,12 @@ from moedist.config import ConfigError
 from moedist.mesh import Axis
 from moedist.moe.bank.dispatched import DispatchedConfig
 from moedist.moe.bank.local import LocalConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from tests.moe.by_hand import ScalingExperts, dropless, routing_of
 from tests.ranks import Here
 

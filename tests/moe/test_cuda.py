@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.contract import DispatchConfig
@@ -15,7 +16,6 @@ from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig, MoELayer
-from moedist.moe.plan import CapacityConfig
 
 pytestmark = pytest.mark.gpu
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moedist.config import ConfigError
 from moedist.mesh import Axis
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
 from moedist.moe.dispatch.padded import PaddedConfig
@@ -20,7 +21,7 @@ from moedist.moe.dispatch.rows import Exchange
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.topk import TopKConfig
 from tests.moe.by_hand import dropless, route_logits, routing_of
 from tests.parity import counted_bytes

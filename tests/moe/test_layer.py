@@ -17,13 +17,14 @@ from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.bank.contract import Bank
 from moedist.moe.bank.local import LocalConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from moedist.moe.report import MoEReport
 from moedist.moe.router.topk import TopKConfig
 from moedist.parallel import recompute_in_backward, spread
@@ -290,11 +291,12 @@ def test_the_padded_layer_compiles_whole(backend, factor):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("policy", ["probability", "choice", "token", "random"])
+@pytest.mark.parametrize("policy", ["probability", "gate", "choice", "token", "random"])
 @pytest.mark.parametrize("group", ["rank", "sequence"])
-def test_the_plan_compiles_whole(policy, group):
+@pytest.mark.parametrize("overflow", ["drop", "next_best"])
+def test_the_plan_compiles_whole(policy, group, overflow):
     torch._dynamo.reset()
-    config = CapacityConfig(factor=1.0, drop_policy=policy, group=group)
+    config = CapacityConfig(factor=1.0, final_factor=0.5, drop_policy=policy, group=group, overflow=overflow)
     router = TopKConfig().build(DIM, 4)
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
     x_TD, ctx = batch(valid_T=torch.arange(24) % 8 < 6)
@@ -306,7 +308,7 @@ def test_the_plan_compiles_whole(policy, group):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@pytest.mark.parametrize("policy", ["probability", "choice", "token", "random"])
+@pytest.mark.parametrize("policy", ["probability", "gate", "choice", "token", "random"])
 @pytest.mark.parametrize("factor", [1.0, None])
 def test_the_padded_layer_never_asks_the_host(policy, factor):
     """Fake tensors have no values to read; a packed layout needs some, which shows that the test can fail."""

@@ -14,16 +14,27 @@ from unittest import mock
 import pytest
 import torch
 
+from moedist.moe.balance.bias import BiasConfig
+from moedist.moe.balance.importance import ImportanceConfig
+from moedist.moe.balance.load import LoadConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.dispatch.rows import Reorder
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig
+from moedist.moe.router.cosine import CosineConfig
+from moedist.moe.router.expert_choice import ExpertChoiceConfig
+from moedist.moe.router.forced import ForcedConfig
+from moedist.moe.router.hash import HashConfig
+from moedist.moe.router.mlp import MLPConfig
+from moedist.moe.router.noisy import NoisyConfig
+from moedist.moe.router.sinkhorn import SinkhornConfig
 from moedist.moe.router.topk import TopKConfig
+from moedist.moe.token_choice import GroupLimit
 from tests.parity import HIDDEN, NUM_EXPERTS, SCENES, Scene, compare, counted_bytes, many_ranks, one_device
 from tests.ranks import Here
 
@@ -69,6 +80,100 @@ def cases() -> Iterator[tuple[MoEConfig, Scene]]:
                 )
                 # Of the four ways to compute a plan two meet either scene, and every way meets both over the plans.
                 yield config, SCENES[(number + turn + turn // 2) % 2]
+
+
+ROUTERS_OF_THE_FIELD = {
+    "deepseek": TopKConfig(
+        top_k=2, score="sigmoid", renormalize=True, scale=2.5, bias=True, groups=GroupLimit(num_groups=4, top_groups=2)
+    ),
+    "groups by max": TopKConfig(
+        top_k=3, score="sqrt_softplus", noise_std=0.3, groups=GroupLimit(num_groups=2, top_groups=1, score="max")
+    ),
+    "jitter": TopKConfig(top_k=2, input_jitter=0.1),
+    "dense": TopKConfig(mode="dense"),
+    "noisy": NoisyConfig(top_k=2),
+    "mlp": MLPConfig(top_k=2, hidden_dim=6, temperature=2.0, final_temperature=0.5, temperature_steps=10),
+    "cosine": CosineConfig(top_k=2),
+    "hash": HashConfig(top_k=2),
+    "sinkhorn": SinkhornConfig(top_k=2),
+    "expert choice": ExpertChoiceConfig(),
+    "forced": ForcedConfig(top_k=2, pattern="zipf"),
+}
+SCOPES = ("global", "micro_batch", "sequence")
+OVERFLOWS = ("drop", "next_best", None)
+
+
+def cases_of_the_field() -> Iterator[tuple[MoEConfig, Scene]]:
+    """Every router x dispatcher x what becomes of pairs at a full expert (None: no expert is ever full); scopes,
+    policies, rescaling, scenes and experts take turns."""
+    experts = (LoopConfig(hidden_dim=HIDDEN, bias=True), GroupedConfig(hidden_dim=HIDDEN))
+    policies = itertools.cycle(("token", "gate", "probability", "choice", "random"))
+    rescales = itertools.cycle((True, "one", False))
+    turn = 0
+    for name, router in ROUTERS_OF_THE_FIELD.items():
+        for overflow, dispatch in itertools.product(OVERFLOWS, (AllToAllConfig(), PaddedConfig())):
+            if name == "expert choice" and overflow is not None:
+                continue  # refused: it has its own capacity
+            turn += 1
+            scopes = [SCOPES[(turn + turn // 3 + part) % 3] for part in range(3)]
+            first = "all" if name == "expert choice" else "first"
+            balance = {
+                "switch": SwitchConfig(0.3, scopes[0], first),
+                "importance": ImportanceConfig(0.2, scopes[1]),
+                "z_loss": ZLossConfig(0.2),
+            }
+            if name == "noisy":
+                balance["load"] = LoadConfig(0.4, scopes[2])
+            if name == "deepseek":
+                balance["bias"] = BiasConfig()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a factor below 1 is the point here
+                capacity = CapacityConfig(
+                    factor=None if overflow is None else 0.75,
+                    group=("rank", "sequence")[turn // 3 % 2],
+                    drop_policy=next(policies),
+                    overflow=overflow or "drop",
+                    renormalize_after_drop=next(rescales),
+                )
+            yield (
+                MoEConfig(
+                    num_experts=NUM_EXPERTS,
+                    router=router,
+                    capacity=capacity,
+                    dispatch=dispatch,
+                    experts=experts[turn // 2 % 2],
+                    balance=balance,
+                ),
+                SCENES[(turn + turn // 4) % 2],
+            )
+
+
+def cases_of_the_field_hold(here: Here, ep: int) -> dict[str, Any]:
+    """Every case on this rank: the worst difference, and the pairs that each router and overflow dropped."""
+    mesh = here.mesh_of(ep)
+    worst, dropped = 0.0, {}
+    for config, scene in cases_of_the_field():
+        expected = one_device(config, scene, here.world)
+        try:
+            worst = max(worst, compare(many_ranks(config, scene, mesh), expected))
+        except AssertionError as error:
+            raise AssertionError(f"{error} in scene {scene.name}: {config}") from error
+        key = (config.router.kind, None if config.capacity.dropless else config.capacity.overflow)
+        asked = sum(int(scene.valid_T(rank).sum()) for rank in range(here.world))
+        asked *= config.router.experts_per_token(NUM_EXPERTS)
+        dropped[key] = dropped.get(key, 0) + asked - int(expected.kept_E.sum())
+    return {"worst": worst, "dropped": dropped}
+
+
+@pytest.mark.parametrize(("world", "ep"), LAYOUTS)
+def test_every_router_on_ranks_equals_one_device(ranks, world, ep):
+    for result in ranks(world).run(cases_of_the_field_hold, ep, limit_s=300):
+        assert result["worst"] <= 1e-12
+        dropped = result["dropped"]
+        kinds = {kind for kind, _ in dropped} - {"expert_choice"}  # its average is no count
+        assert all(dropped[kind, "drop"] > 0 and dropped[kind, None] == 0 for kind in kinds)
+        # Limits are rounded up, so that a short sequence may have room for all that overflow sends on.
+        assert 0 < sum(dropped[kind, "next_best"] for kind in kinds) < sum(dropped[kind, "drop"] for kind in kinds)
 
 
 def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
@@ -146,7 +251,7 @@ def plant(fault: str) -> Any:
         real_loss = SwitchLoss.forward
 
         def after(self: SwitchLoss, routing: Any, plan: Any, ctx: Any) -> torch.Tensor:
-            return real_loss(self, routing, dataclasses.replace(plan, asked_E=plan.kept_E), ctx)
+            return real_loss(self, dataclasses.replace(routing, live_N=plan.slot_N >= 0), plan, ctx)
 
         return mock.patch.object(SwitchLoss, "forward", after)
     assert fault == "missing un-permute"

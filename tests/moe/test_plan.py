@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moedist.config import ConfigError
+from moedist.moe.capacity import CapacityConfig, Limit
 from moedist.moe.context import TokenContext
 from moedist.moe.noise import RANDOM_DROP, draw_uniform
-from moedist.moe.plan import CapacityConfig, Limit, count, place_in_bucket, plan_capacity
+from moedist.moe.plan import count, place_in_bucket, plan_capacity
 from tests.moe.by_hand import kept, routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe.capacity.factor")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moedist.mesh import Axis
 from moedist.moe.bank.dispatched import DispatchedBank
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
@@ -19,13 +20,13 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.init import named_draw
 from moedist.moe.layer import MoEConfig
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityConfig, plan_capacity
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.contract import Routing
 from moedist.moe.router.topk import TopKConfig
 from tests.moe.by_hand import kept
 
 BOUNDED = settings(max_examples=80, derandomize=True, deadline=None, database=None)
-POLICIES = ("probability", "choice", "token", "random")
+POLICIES = ("probability", "gate", "choice", "token", "random")
 KINDS = ("random", "ties", "equal", "infinite", "one-hot", "nan")
 
 
@@ -103,7 +104,7 @@ def routed(drawn: Drawn) -> Routing:
         token_N=torch.arange(drawn.num_tokens).repeat_interleave(drawn.top_k),
         expert_N=expert_TK.reshape(-1),
         gate_N=gate_N,
-        score_N=gate_N,
+        score_TE=probs_TE,
         logits_TE=logits_TE,
         probs_TE=probs_TE,
         pairs_per_token=drawn.top_k,
@@ -199,7 +200,10 @@ def test_renaming_experts_changes_nothing(drawn):
     routing, ctx, x_TD = routed(drawn), drawn.ctx(), vectors(drawn)
     order_E = torch.randperm(drawn.num_experts, generator=torch.Generator().manual_seed(drawn.seed))
     renamed = dataclasses.replace(
-        routing, expert_N=order_E.argsort()[routing.expert_N], probs_TE=routing.probs_TE[:, order_E]
+        routing,
+        expert_N=order_E.argsort()[routing.expert_N],
+        probs_TE=routing.probs_TE[:, order_E],
+        score_TE=routing.score_TE[:, order_E],
     )
     bank, other = layer_of(drawn), layer_of(drawn)
     with torch.no_grad():
@@ -225,7 +229,7 @@ def test_reordering_tokens_reorders_the_dropless_output(drawn):
         routing,
         expert_N=by_token(routing.expert_N),
         gate_N=by_token(routing.gate_N),
-        score_N=by_token(routing.score_N),
+        score_TE=routing.score_TE[order_T],
         probs_TE=routing.probs_TE[order_T],
         logits_TE=routing.logits_TE[order_T],
     )

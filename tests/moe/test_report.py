@@ -11,10 +11,11 @@ from moedist.moe.report import MoEReport, pack_reports
 def report(losses, coefficients, counts):
     return MoEReport(
         losses={name: torch.tensor(value, requires_grad=True) for name, value in losses.items()},
-        coefficients=coefficients,
+        coefficients={name: torch.tensor(value) for name, value in coefficients.items()},
         router_entropy=torch.tensor(0.5),
         asked_E=torch.tensor(counts),
         kept_E=torch.tensor(counts) // 2,
+        dropped_E=torch.tensor(counts) - torch.tensor(counts) // 2,
     )
 
 
@@ -24,7 +25,8 @@ def test_layers_with_unlike_losses():
     packed = pack_reports([first, second])
     assert packed.names == ("switch", "z", "bias")
     assert packed.loss_LJ.tolist() == [[2, 3, 0], [7, 0, 5]]
-    assert packed.count_LME.tolist() == [[[4, 2], [2, 1]], [[6, 0], [3, 0]]] and packed.count_LME.dtype == torch.int64
+    assert packed.count_LME.tolist() == [[[4, 2], [2, 1], [2, 1]], [[6, 0], [3, 0], [3, 0]]]
+    assert packed.count_LME.dtype == torch.int64
     assert packed.entropy_L.tolist() == [0.5, 0.5]
     packed.objective().backward()
     assert packed.objective().item() == pytest.approx(0.2 + 0.03 + 1.4 + 5)

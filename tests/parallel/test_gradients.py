@@ -9,9 +9,9 @@ from torch import nn
 from moedist.engine.native import NativeConfig
 from moedist.mesh import Axis, Mesh
 from moedist.mesh.collectives import all_gather, all_sum
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig
 from moedist.parallel import gradients as module
 from moedist.parallel import spread
 from tests.ranks import Here

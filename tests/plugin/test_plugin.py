@@ -16,10 +16,10 @@ from moedist.launch.compose import compose
 from moedist.launch.decode import decode
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig
 from moedist.train.config import RunConfig
 from tests.parity import HIDDEN, NUM_EXPERTS, SCENES, compare, many_ranks, one_device
 from tests.ranks import Here

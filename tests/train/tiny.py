@@ -25,9 +25,9 @@ from moedist.model.ffn.dense import DenseConfig
 from moedist.model.layers.interleaved import InterleavedConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
-from moedist.moe.plan import CapacityConfig
 from moedist.moe.router.topk import TopKConfig
 from moedist.train.build import build_model
 from moedist.train.checkpoint import CheckpointStore

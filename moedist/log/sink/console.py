@@ -81,12 +81,14 @@ def log_line(record: Mapping[str, Value], num_steps: int, eta_s: float | None) -
     }
     fields = [_place(record, num_steps)] + [f"{label} {text}" for label, text in shown.items() if text is not None]
     fields += [f"{speed} tok/s"] if (speed := _get(record, "train/tokens_per_s", _speed)) else []
-    return "  ".join([*fields, f"ETA {_duration(eta_s)}"])
+    label = [f"[{record['moe/routing']}]"] if "moe/routing" in record else []
+    return "  ".join([*fields, f"ETA {_duration(eta_s)}", *label])
 
 
 def eval_line(record: Mapping[str, Value], num_steps: int) -> str:
     """The held-out loss of one log step."""
-    return f"{_place(record, num_steps)}  held-out loss {record['eval/loss']:.4f}"
+    label = f"  [{record['moe/routing']}]" if "moe/routing" in record else ""
+    return f"{_place(record, num_steps)}  held-out loss {record['eval/loss']:.4f}{label}"
 
 
 def _place(record: Mapping[str, Value], num_steps: int) -> str:

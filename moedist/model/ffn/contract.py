@@ -51,6 +51,9 @@ class FFN(nn.Module):
 class FFNConfig(Choice, path="model.ffn"):
     """One kind of feed-forward module."""
 
+    def check_causal(self, moe: MoEConfig) -> None:
+        """Raises `ConfigError` where it would let a later token act on an earlier one."""
+
     def build(
         self,
         dim: int,

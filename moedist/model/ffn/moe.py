@@ -8,6 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from moedist.config import require
 from moedist.model.ffn.contract import FFN, FFNConfig, FFNOutput
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
@@ -22,6 +23,18 @@ class MoEFFNConfig(FFNConfig):
     """
 
     moe: MoEConfig | None = None
+
+    def check_causal(self, moe: MoEConfig) -> None:
+        """Refuses routers in which other tokens decide where a token goes."""
+        router = (self.moe or moe).router
+        require(
+            router.causal,
+            "moe.router.kind",
+            router.kind,
+            "lets later tokens, or other rows of the batch, decide where a token goes, and the model is causal: it "
+            "would see the future in training and miss it in generation",
+            "Choose a token-choice router (moe/router=topk, noisy, mlp, cosine or hash).",
+        )
 
     def build(
         self,

@@ -6,20 +6,20 @@ import dataclasses
 
 from torch import Tensor
 
-from moedist.moe.balance.contract import BalanceConfig, BalanceLoss, per_token
+from moedist.moe.balance.contract import BalanceLoss, BalanceLossConfig, per_token
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.router.contract import Routing
 
 
 @dataclasses.dataclass(frozen=True)
-class ZLossConfig(BalanceConfig):
+class ZLossConfig(BalanceLossConfig):
     """Mean over tokens of ``logsumexp(logits) ** 2``, on un-noised logits: keeps them small, where softmax is exact."""
 
     coefficient: float = 0.001
 
     def build(self, num_experts: int) -> ZLoss:  # noqa: D102
-        return ZLoss()
+        return ZLoss(self)
 
 
 class ZLoss(BalanceLoss):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from moedist.config import Choice
+from moedist.config import Choice, ConfigError
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw
 
@@ -22,31 +23,76 @@ class Routing:
     Attributes:
         token_N, expert_N: int64.
         gate_N: weight of the expert's output, fp32 or wider, with gradient.
-        score_N: the unbiased score of the pair, without gradient: who stays under ``drop_policy: probability``.
+        score_TE: unbiased scores, with gradient: who stays under ``drop_policy: probability``, and the gate of a pair
+            that overflow sends to another expert.
         logits_TE: raw, un-noised logits, fp32 or wider, with gradient (z-loss).
         probs_TE: the full distribution over experts, rows sum to 1, with gradient (balance losses).
         pairs_per_token: K where pair ``t * K + k`` is token t's choice k; None where pairs have another order.
+        live_N: false at pairs that are there for the shape's sake only; None where all count.
+        load_TE: the probability that fresh noise would choose each expert, with gradient; None without learned noise.
+        capacity: upper bound of an expert's pairs, known from the shapes; None where there is none but the token count.
     """
 
     token_N: Tensor
     expert_N: Tensor
     gate_N: Tensor
-    score_N: Tensor
+    score_TE: Tensor
     logits_TE: Tensor
     probs_TE: Tensor
     pairs_per_token: int | None
+    live_N: Tensor | None = None
+    load_TE: Tensor | None = None
+    capacity: int | None = None
 
 
 class Router(nn.Module):
-    """Scores tokens and proposes pairs."""
+    """Scores tokens and proposes pairs.
+
+    Attributes:
+        selection_bias: fp32 [E], added to the scores for the selection only, never to a gate; None until something that
+            balances by a bias asks for it (`add_selection_bias`). A buffer: saved, and without gradient.
+        has_first_choices: whether tokens choose, so that each has a first choice.
+    """
+
+    selection_bias: Tensor | None
+    has_first_choices = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("selection_bias", None)
+
+    def add_selection_bias(self, num_experts: int) -> None:
+        """Begins with a bias of zero.
+
+        Raises:
+            ConfigError: this router has no selection that a bias could move.
+        """
+        raise ConfigError(
+            "kind",
+            type(self).__module__.rpartition(".")[2],
+            "has no selection that a balancing bias could move",
+            "Choose a token-choice router (topk, noisy, mlp, cosine), or a balance loss instead of the bias.",
+        )
 
     def forward(self, x_TD: Tensor, ctx: TokenContext) -> Routing:
         """Proposes pairs for [T, D] vectors; leaves ``x_TD`` as it is."""
         raise NotImplementedError
 
     def init_weights(self, draw: Draw) -> None:
-        """Fills the parameters."""
+        """Fills the parameters and clears the bias."""
         raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves the bias with the module, but never casts it: in bf16 its small steps would be lost."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            moved = self.selection_bias
+            assert moved is not None
+            self.selection_bias = (
+                torch.empty_like(moved, dtype=torch.float32) if bias.is_meta else bias.to(moved.device)
+            )
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +114,21 @@ class RouterConfig(Choice, path="moe.router"):
             ConfigError: the choice does not fit ``num_experts``.
         """
         raise NotImplementedError
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's experts depend on no later token, and on no other row of the batch."""
+        return True
+
+    @property
+    def has_own_capacity(self) -> bool:
+        """Whether the router itself bounds how many pairs an expert gets."""
+        return False
+
+    @property
+    def label(self) -> str | None:
+        """What every log line must say of this routing; None where it is what a model would really do."""
+        return None
 
     def experts_per_token(self, num_experts: int) -> int:
         """Experts that a token runs through, for counts of active parameters."""

@@ -51,7 +51,7 @@ class HashedRouter(Router):
             token_N=token_T.repeat_interleave(self.fan_out, output_size=num_tokens * self.fan_out),
             expert_N=expert_TK.reshape(-1),
             gate_N=gate_N,
-            score_N=gate_N.detach(),
+            score_TE=probs_TE,
             logits_TE=logits_TE,
             probs_TE=probs_TE,
             pairs_per_token=self.fan_out,

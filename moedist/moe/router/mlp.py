@@ -1,0 +1,104 @@
+"""A router with a hidden layer and a temperature."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moedist.config import require
+from moedist.moe.init import Draw, fill_xavier_uniform
+from moedist.moe.router.contract import wide
+from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig(TokenChoiceConfig):
+    """``logits = (relu(x W1 + b1) W2 + b2) / temperature``.
+
+    Attributes:
+        hidden_dim: width between the maps.
+        temperature: higher is more uniform, lower sharper; the chosen set does not depend on it.
+        final_temperature: its value at ``temperature_steps`` and after, reached on a straight line; None for a
+            constant.
+        temperature_steps: length of that line in optimizer steps.
+    """
+
+    hidden_dim: int = 256
+    temperature: float = 1.0
+    final_temperature: float | None = None
+    temperature_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.hidden_dim >= 1, "hidden_dim", self.hidden_dim, "is no width", "Set it to 1 or more.")
+        for key in ("temperature", "final_temperature"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, value, "is no temperature", "Set it above 0; 1 changes nothing.")
+        require(
+            self.temperature_steps >= 1, "temperature_steps", self.temperature_steps, "is no length", "Set 1 or more."
+        )
+
+    def build(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        layer: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MLPRouter:
+        return MLPRouter(self, dim, num_experts, layer, device, dtype)
+
+
+class MLPRouter(TokenChoiceRouter):
+    """Two linear maps with biases, ReLU between.
+
+    Attributes:
+        hidden_weight: [H, D]. hidden_bias: [H]. weight: [E, H]. bias: [E].
+    """
+
+    config: MLPConfig
+    hidden_weight: nn.Parameter
+    hidden_bias: nn.Parameter
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(
+        self,
+        config: MLPConfig,
+        dim: int,
+        num_experts: int,
+        layer: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__(config, num_experts, layer)
+        shapes = {
+            "hidden_weight": (config.hidden_dim, dim),
+            "hidden_bias": (config.hidden_dim,),
+            "weight": (num_experts, config.hidden_dim),
+            "bias": (num_experts,),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+    def init_weights(self, draw: Draw) -> None:
+        """Xavier uniform maps, zero biases."""
+        super().init_weights(draw)
+        for name in ("hidden_weight", "weight"):
+            fill_xavier_uniform(getattr(self, name), draw(name))
+        nn.init.zeros_(self.hidden_bias)
+        nn.init.zeros_(self.bias)
+
+    def logits(self, x_TD: Tensor, step: Tensor) -> Tensor:
+        """The maps, then this step's temperature, which reaches here as a tensor: a schedule recompiles nothing."""
+        hidden_TH = F.relu(F.linear(x_TD, wide(self.hidden_weight), wide(self.hidden_bias)))
+        logits_TE = F.linear(hidden_TH, wide(self.weight), wide(self.bias))
+        if self.config.final_temperature is None:
+            return logits_TE / self.config.temperature
+        share = (step.to(logits_TE.dtype) / self.config.temperature_steps).clamp_max(1)
+        change = self.config.final_temperature - self.config.temperature
+        return logits_TE / (self.config.temperature + share * change)

@@ -1,0 +1,232 @@
+"""Token choice: each token picks its K best experts. What every such router shares, whatever makes its logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moedist.config import Config, ConfigError, require
+from moedist.moe.context import TokenContext
+from moedist.moe.init import Draw
+from moedist.moe.noise import INPUT_JITTER, ROUTER_NOISE, draw_normal, draw_uniform
+from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
+
+EPS = 1e-20
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLimit(Config):
+    """Group-limited selection: a token's experts come from its best few groups (DeepSeek-V2, section 2.2.2).
+
+    Groups are equal blocks of neighbouring experts. With as many groups as nodes, and experts placed in order, a group
+    is a node, and a token is sent to ``top_groups`` nodes at most.
+
+    Attributes:
+        num_groups: how many groups the experts are cut into.
+        top_groups: groups that a token may pick from.
+        score: a group's score: the sum of its two best experts' (``top2_sum``, DeepSeek-V3) or its best's (``max``,
+            V2).
+    """
+
+    num_groups: int
+    top_groups: int
+    score: Literal["top2_sum", "max"] = "top2_sum"
+
+    def __post_init__(self) -> None:
+        require(self.num_groups >= 1, "num_groups", self.num_groups, "is no number of groups", "Set it to 1 or more.")
+        require(
+            1 <= self.top_groups <= self.num_groups,
+            "top_groups",
+            self.top_groups,
+            f"is not between 1 and the {self.num_groups} groups",
+            f"Set it to 1 to {self.num_groups}.",
+        )
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises `ConfigError` where the experts cannot be cut so, or too few are left to pick from."""
+        require(
+            num_experts % self.num_groups == 0,
+            "num_groups",
+            self.num_groups,
+            f"does not divide the {num_experts} experts",
+            "Set it to a divisor of moe.num_experts.",
+        )
+        size = num_experts // self.num_groups
+        require(
+            top_k <= size * self.top_groups,
+            "top_groups",
+            self.top_groups,
+            f"leaves {size * self.top_groups} experts for top_k = {top_k}",
+            "Set it higher, or top_k lower.",
+        )
+        require(
+            self.score != "top2_sum" or size >= 2,
+            "score",
+            self.score,
+            "needs two experts in a group",
+            "Set it to max, or num_groups lower.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenChoiceConfig(RouterConfig):
+    """What token-choice routers share. Equal scores go to the lowest expert index.
+
+    Attributes:
+        mode: ``top_k``, or ``dense``: every token runs through every expert.
+        top_k: experts per token (K).
+        score: what becomes of the logits: ``softmax`` over all experts, or for each expert alone ``sigmoid``
+            (DeepSeek-V3) or ``sqrt_softplus`` (``sqrt(softplus(x))``).
+        renormalize: whether a token's gates sum to 1. None: yes for K >= 2, no for K = 1, where a renormalised gate is
+            the constant 1 and the router would get no gradient from the task (Switch keeps the probability).
+        scale: factor on all gates, after renormalising (DeepSeek-V3: 2.5).
+        groups: group-limited selection; None for none.
+        noise_std: standard deviation of gaussian noise on the logits, in training only; 0 for none.
+        input_jitter: the router's copy of its input is multiplied by uniform numbers of [1 - jitter, 1 + jitter], in
+            training only (Switch: 1e-2); 0 for none.
+    """
+
+    mode: Literal["top_k", "dense"] = "top_k"
+    top_k: int = 2
+    score: ScoreFunction = "softmax"
+    renormalize: bool | None = None
+    scale: float = 1.0
+    groups: GroupLimit | None = None
+    noise_std: float = 0.0
+    input_jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.top_k >= 1, "top_k", self.top_k, "picks no expert", "Set it to 1 or more, or mode to dense.")
+        require(self.noise_std >= 0, "noise_std", self.noise_std, "is negative", "Set it to 0 (none) or more.")
+        require(self.scale > 0, "scale", self.scale, "is no factor on gates", "Set it above 0; 1 changes nothing.")
+        require(0 <= self.input_jitter < 1, "input_jitter", self.input_jitter, "is no small share", "Set it in [0, 1).")
+        if self.mode == "top_k" and self.top_k == 1 and self.renormalize:
+            warnings.warn(
+                "moe.router.renormalize = True with top_k = 1 makes every gate the constant 1: the router learns from "
+                "the balance losses only. Leave renormalize at null to keep the probability as the gate.",
+                stacklevel=2,
+            )
+
+    def experts_per_token(self, num_experts: int) -> int:  # noqa: D102
+        return num_experts if self.mode == "dense" else self.top_k
+
+    def check(self, num_experts: int) -> None:
+        """Raises `ConfigError` where the choice does not fit ``num_experts``."""
+        top_k = self.experts_per_token(num_experts)
+        require(
+            top_k <= num_experts,
+            "top_k",
+            self.top_k,
+            f"is more than the {num_experts} experts",
+            f"Set moe.router.top_k to {num_experts} or less, or raise moe.num_experts.",
+        )
+        if self.groups is not None:
+            try:
+                self.groups.check(num_experts, top_k)
+            except ConfigError as error:
+                raise error.under("groups") from None
+
+
+class TokenChoiceRouter(Router):
+    """Scores by `logits`, selection, gates; a subclass makes the logits."""
+
+    def __init__(self, config: TokenChoiceConfig, num_experts: int, layer: int):
+        super().__init__()
+        config.check(num_experts)
+        self.config, self.layer, self.num_experts = config, layer, num_experts
+        self.top_k = config.experts_per_token(num_experts)
+        self.renormalize = self.top_k > 1 if config.renormalize is None else config.renormalize
+
+    def add_selection_bias(self, num_experts: int) -> None:
+        """See the contract."""
+        device = next(self.parameters()).device
+        self.selection_bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
+
+    def init_weights(self, draw: Draw) -> None:
+        """Clears the bias; a subclass fills its parameters as well."""
+        if self.selection_bias is not None:
+            self.selection_bias.zero_()
+
+    def logits(self, x_TD: Tensor, step: Tensor) -> Tensor:
+        """[T, E] from vectors in fp32 or wider; ``step`` is 0-dim, for what changes with it."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext) -> Routing:
+        """Pairs in token order, each token's experts in falling order of score."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = wide(x_TD)
+            if ctx.training and self.config.input_jitter > 0:
+                uniform_TD = draw_uniform(ctx, x_TD.shape[1], layer=self.layer, stream=INPUT_JITTER).to(x_TD.dtype)
+                x_TD = x_TD * (1 + self.config.input_jitter * (2 * uniform_TD - 1))
+            logits_TE = self.logits(x_TD, ctx.step)
+            noisy_TE, load_TE = self.with_noise(logits_TE, x_TD, ctx) if ctx.training else (logits_TE, None)
+            score_TE = scores(noisy_TE, self.config.score)
+            expert_TK = self.select(noisy_TE.detach(), score_TE.detach(), ctx)
+            score_TK = score_TE.gather(1, expert_TK)
+            gate_TK = score_TK
+            if self.renormalize:
+                gate_TK = score_TK / score_TK.sum(dim=1, keepdim=True).clamp_min(EPS)
+            if self.config.scale != 1:
+                gate_TK = gate_TK * self.config.scale
+            probs_TE = score_TE
+            if self.config.score != "softmax":
+                probs_TE = score_TE / score_TE.sum(dim=1, keepdim=True).clamp_min(EPS)
+        num_tokens = x_TD.shape[0]
+        return Routing(
+            token_N=torch.arange(num_tokens, device=x_TD.device).repeat_interleave(
+                self.top_k, output_size=num_tokens * self.top_k
+            ),
+            expert_N=expert_TK.reshape(-1),
+            gate_N=gate_TK.reshape(-1),
+            score_TE=score_TE,
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+            pairs_per_token=self.top_k,
+            load_TE=load_TE,
+        )
+
+    def with_noise(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, Tensor | None]:
+        """Logits plus noise drawn by name (the logits themselves where there is none), and `Routing.load_TE`."""
+        if self.config.noise_std == 0:
+            return logits_TE, None
+        noise_TE = draw_normal(ctx, self.num_experts, layer=self.layer, stream=ROUTER_NOISE)
+        return logits_TE + self.config.noise_std * noise_TE.to(logits_TE.dtype), None
+
+    def select(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
+        """int64 [T, K]: the chosen experts. A stable sort, because torch.topk breaks ties as it likes."""
+        order_TE = self.selection_order(logits_TE, score_TE, ctx)
+        return order_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k]
+
+    def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
+        """[T, E], without gradient: higher is chosen first."""
+        order_TE = score_TE if self.selection_bias is None else score_TE + self.selection_bias
+        if self.config.groups is not None:
+            return limit_groups(order_TE, self.config.groups)
+        # Every score grows with its logit, and logits keep apart what a score rounds to one value.
+        return logits_TE if self.selection_bias is None else order_TE
+
+
+def scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
+    """Unbiased scores from logits."""
+    if function == "softmax":
+        return logits_TE.softmax(dim=1)
+    return logits_TE.sigmoid() if function == "sigmoid" else F.softplus(logits_TE).sqrt()
+
+
+def limit_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
+    """Scores with -inf at experts outside each token's best groups; equal groups go to the lowest index."""
+    score_TGM = score_TE.view(score_TE.shape[0], groups.num_groups, -1)
+    if groups.score == "max":
+        group_TG = score_TGM.amax(2)
+    else:
+        group_TG = score_TGM.sort(dim=2, descending=True).values[:, :, :2].sum(2)
+    best = group_TG.sort(dim=1, descending=True, stable=True).indices[:, : groups.top_groups]
+    allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best, True)
+    return score_TGM.masked_fill(~allowed_TG[:, :, None], -torch.inf).view(score_TE.shape)
