@@ -222,7 +222,8 @@ def scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
 
 def limit_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
     """Scores with -inf at experts outside each token's best groups; equal groups go to the lowest index."""
-    score_TGM = score_TE.view(score_TE.shape[0], groups.num_groups, -1)
+    num_tokens, num_experts = score_TE.shape
+    score_TGM = score_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
     if groups.score == "max":
         group_TG = score_TGM.amax(2)
     else:

@@ -409,3 +409,20 @@ def test_no_router_asks_the_host_or_breaks_the_graph(config, overflow):
         ctx = TokenContext.of_rows(3, 8, id_T=torch.arange(24))
         got = torch.compile(router, fullgraph=True, backend="eager")(vectors(24), ctx)
         assert torch.equal(got.expert_N, router(vectors(24), ctx).expert_N)
+
+
+GROUPED = TopKConfig(score="sigmoid", groups=GroupLimit(4, 2))
+
+
+@pytest.mark.parametrize("config", [*FIELD, GROUPED], ids=lambda config: config.kind)
+@pytest.mark.parametrize(("rows", "length"), [(0, 6), (1, 0)])
+def test_an_empty_batch_gives_zero_gradients(config, rows, length):
+    """Pitfall 4: a rank without a token takes part like the others."""
+    factors = [None] if config.has_own_capacity else [None, 0.75]
+    for factor in factors:
+        capacity = CapacityConfig(factor=factor, group="sequence", overflow="next_best")
+        layer = MoEConfig(num_experts=8, router=config, capacity=capacity).build(DIM)
+        output = layer(torch.zeros(0, DIM, requires_grad=True), TokenContext.of_rows(rows, length))
+        (sum(output.report.losses.values()) + output.out_TD.sum()).backward()
+        assert output.out_TD.shape == (0, DIM)
+        assert all(not parameter.grad.any() for parameter in layer.parameters())
