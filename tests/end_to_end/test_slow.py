@@ -45,6 +45,20 @@ def test_a_rank_that_stops_is_named_and_the_others_leave(tmp_path: Path):
     assert processes_of(command.folder) == []
 
 
+def test_ctrl_c_saves_and_ends_all_within_ten_seconds(tmp_path: Path):
+    """On a machine that does nothing else; what it saves is held in test_runs."""
+    command = train(tmp_path / "run", gate=4)
+    command.reached()
+    command.process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    command.told("SIGTERM")
+    command.open_gate()
+    exit_code, _, err = command.wait()
+    assert exit_code == 75, err
+    assert time.monotonic() - began < 10
+    assert processes_of(command.folder) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of half a megabyte: room for a folder, its logs and a checkpoint, and for no second one."""
