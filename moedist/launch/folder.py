@@ -115,6 +115,13 @@ def find_run(resume: Path) -> Path | None:
             "is no folder",
             "Name a checkpoint's folder or a run folder, or set never or auto.",
         )
+    if not any(any(path.glob(f"{below}manifest.json")) for below in ("", "*/", "checkpoints/*/")):
+        raise ConfigError(
+            "run.resume",
+            str(resume),
+            "holds no checkpoint",
+            "Name a checkpoint's folder or a run folder that has one, or set never to start afresh.",
+        )
     return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / CONFIG).is_file()), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -16,11 +17,14 @@ from moedist.train.build import autocast
 from moedist.train.config import RunConfig
 
 
-def evaluate(model: LanguageModel, source: Source, config: RunConfig, mesh: Mesh) -> float:
+def evaluate(
+    model: LanguageModel, source: Source, config: RunConfig, mesh: Mesh, beat: Callable[[], None] = lambda: None
+) -> float:
     """Mean next-token loss in nats over the held-out part, or over ``train.eval_batches`` micro-steps of it.
 
     Every rank takes the same number of micro-steps, so that their exchanges meet; past the end a rank's micro-batch is
     padding. Without noise and, unless ``moe.capacity.eval_factor`` says otherwise, under the training's capacity.
+    ``beat`` is called before each micro-step: the whole may take long, one micro-step may not.
     """
     loader = Loader(
         source,
@@ -37,6 +41,7 @@ def evaluate(model: LanguageModel, source: Source, config: RunConfig, mesh: Mesh
     model.eval()
     with torch.no_grad():
         for micro_batches in itertools.islice(loader, config.train.eval_batches):
+            beat()
             for batch in micro_batches:
                 batch = batch.to(mesh.device)
                 context = StepContext(

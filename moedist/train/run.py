@@ -23,7 +23,7 @@ from moedist.mesh.collectives import broadcast_json
 from moedist.mesh.slow import slow_axis
 from moedist.moe.layer import routing_label
 from moedist.train.build import SpreadModel, build_model
-from moedist.train.checkpoint import CheckpointStore, read_meta
+from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
 from moedist.train.config import RunConfig
 from moedist.train.ending import DataChangedError, Ending
 from moedist.train.evaluate import evaluate
@@ -92,8 +92,7 @@ def eval_rank(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, te
         store = CheckpointStore(checkpoint.parent, slow_axis(mesh, config.mesh.save_timeout_s))
         meta = store.load(checkpoint, {"model": model.state_dict()})
         check_same_data(meta, source, config)
-        watchdog.enter("eval", meta["step"], slow_s)
-        loss = evaluate(model, source, config, mesh)
+        loss = evaluate(model, source, config, mesh, beat=lambda: watchdog.enter("eval", meta["step"]))
         label = routing_label(model)
         note = f"  [{label}]" if label is not None else ""
         if mesh.dp.rank == 0:
@@ -130,7 +129,10 @@ def find_checkpoint(config: RunConfig, store: CheckpointStore) -> Path | None:
     if (path / CHECKPOINTS).is_dir():
         path = path / CHECKPOINTS
     if path.name == CHECKPOINTS:
-        return CheckpointStore(path, store.axis).newest()
+        newest = CheckpointStore(path, store.axis).newest()
+        if newest is None:
+            raise CheckpointError(f"{path} holds no checkpoint to resume from")
+        return newest
     store.verify(path)
     return path.absolute()
 

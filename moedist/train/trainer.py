@@ -131,15 +131,16 @@ class Trainer:
         self.progress.next_sample = meta["next_sample"]
         return meta
 
-    def save(self, log: RunLog) -> None:
-        """Writes a checkpoint; what a failure does is the user's choice (``checkpoint.on_failure``)."""
+    def save(self, log: RunLog, must: bool = False) -> None:
+        """Writes a checkpoint; what a failure does is the user's choice (``checkpoint.on_failure``), unless the run
+        ``must`` not leave without one."""
         self.tally.share_last_seen(self.mesh.dp)
         meta = {**self.meta, **dataclasses.asdict(self.progress)}
         try:
             self.enter("save", slow=True)
             path = self.store.save(self.progress.step, self.state(), meta, self.own_state())
         except DiskError as error:
-            if self.config.checkpoint.on_failure == "abort":
+            if must or self.config.checkpoint.on_failure == "abort":
                 raise
             log.say(f"Warning: {error} The run goes on (checkpoint.on_failure = warn).")
         else:
@@ -157,8 +158,7 @@ class Trainer:
         self.model.train()
         while progress.step < train.steps:
             if not self.step(loader):
-                if train.checkpoint_every is not None or progress.step > 0:
-                    self.save(log)
+                self.save(log, must=True)
                 return False
             if self.waiting_since is not None:
                 log.say(f"first step done {time.time() - self.waiting_since:.1f} s after the start")
@@ -166,8 +166,9 @@ class Trainer:
             last = progress.step == train.steps
             evaluates = due(train.eval_every, progress.step, last)
             if evaluates:
-                self.enter("eval")
-                self.eval_loss = evaluate(self.model, self.source, self.config, self.mesh)
+                self.eval_loss = evaluate(
+                    self.model, self.source, self.config, self.mesh, beat=lambda: self.enter("eval")
+                )
             if evaluates or due(train.log_every, progress.step, last):
                 self.record(log, evaluates)
             if due(train.checkpoint_every, progress.step, last):

@@ -94,6 +94,8 @@ def test_a_run_of_another_model_or_corpus_is_not_gone_on_with(
         with pytest.raises(Started):
             main(["train", *run])
     capsys.readouterr()
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json").touch()
     before = hashes(tmp_path / "run")
     said = refused(capsys, *run, "run.resume=auto", override)
     assert key in said and override.partition("=")[2] in said and "run.allow_changes=" in said

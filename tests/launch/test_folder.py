@@ -150,6 +150,9 @@ def test_going_on_from_another_run_compares_with_it(tmp_path: Path, place: str):
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(MAPPING))
     folder = RunFolder(resume=str(tmp_path / place))
+    (error,) = check_folder(folder, MAPPING)
+    assert error.key == "run.resume" and "holds no checkpoint" in str(error), "never a fresh start in silence"
+    (tmp_path / "checkpoints" / "step_00000003" / "manifest.json").touch()
     assert check_folder(folder, MAPPING) == []
     (error,) = check_folder(folder, changed(seed=3))
     assert error.key == "seed"
