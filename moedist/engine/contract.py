@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moedist.config import Choice
+from moedist.mesh import Mesh
 from moedist.parallel.gradients import GradientTable
 
 
 class Engine(Protocol):
     """Backward, step and state of one run; made once per run on every rank."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this rank's share of the global loss."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of this rank's share of the global loss; ``last`` for the step's last micro-batch."""
         ...
 
     def step(self) -> float:
@@ -37,9 +38,30 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Model and optimizer as a nested mapping of live tensors by global names: read by a save, filled in place by a
-        load."""
+        """Model and optimizer as a nested mapping of tensors by global names: read by a save, filled in place by a
+        load, after which `restore` is called with it."""
         ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what a load has filled: copies of what this engine keeps in another form."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """An optimizer step as an engine must know it.
+
+    Attributes:
+        micro_batch: rows per rank and micro-step.
+        accumulation: micro-steps per optimizer step.
+        precision: of the forward pass; weights are fp64 under ``fp64`` and fp32 otherwise.
+        clip_norm: largest norm of the whole model's gradient; None for no clip.
+    """
+
+    micro_batch: int
+    accumulation: int
+    precision: Literal["fp32", "bf16", "fp64"]
+    clip_norm: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +71,10 @@ class EngineConfig(Choice, path="engine"):
     def build(
         self,
         model: nn.Module,
+        mesh: Mesh,
         optimizer: torch.optim.Optimizer,
         gradients: GradientTable,
-        clip_norm: float | None,
+        step: TrainingStep,
     ) -> Engine:
-        """Takes charge of a spread model and its optimizer; ``clip_norm`` None for no clip."""
+        """Takes charge of a spread model and its optimizer."""
         raise NotImplementedError

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moedist.engine.contract import EngineConfig
+from moedist.engine.contract import EngineConfig, TrainingStep
+from moedist.mesh import Mesh
 from moedist.parallel.gradients import GradientTable
 
 
@@ -20,12 +21,13 @@ class NativeConfig(EngineConfig):
     def build(
         self,
         model: nn.Module,
+        mesh: Mesh,
         optimizer: torch.optim.Optimizer,
         gradients: GradientTable,
-        clip_norm: float | None,
+        step: TrainingStep,
     ) -> NativeEngine:
         """See the contract."""
-        return NativeEngine(model, optimizer, gradients, clip_norm)
+        return NativeEngine(model, optimizer, gradients, step.clip_norm)
 
 
 class NativeEngine:
@@ -41,8 +43,8 @@ class NativeEngine:
         self.model, self.optimizer, self.gradients, self.clip_norm = model, optimizer, gradients, clip_norm
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this rank's share."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of this rank's share; ranks meet in `step`."""
         loss.backward()
 
     def step(self) -> float:
@@ -72,6 +74,9 @@ class NativeEngine:
         name_of: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
         return {"model": self.model.state_dict(), "optimizer": moments}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing: the state's tensors are the live ones."""
 
     def _make_optimizer_state(self) -> None:
         """Optimizers make their moments at the first step; a load needs them before. A step with zero gradients at rate

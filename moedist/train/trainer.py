@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moedist.data.contract import Source
 from moedist.data.loader import Loader
+from moedist.engine.contract import TrainingStep
 from moedist.log.metrics import moe_metrics, train_metrics
 from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import Value
@@ -87,7 +88,13 @@ class Trainer:
         self.model = spread.model
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
         optimizer = config.train.optimizer.build(self.model, spread.gradients)
-        self.engine = config.engine.build(self.model, optimizer, spread.gradients, config.train.clip_norm)
+        step = TrainingStep(
+            micro_batch=config.train.micro_batch,
+            accumulation=config.train.accumulation(mesh.dp.size),
+            precision=config.train.precision,
+            clip_norm=config.train.clip_norm,
+        )
+        self.engine = config.engine.build(self.model, mesh, optimizer, spread.gradients, step)
         num_layers = len(self.model.moe_blocks)
         self.tally = Tally(
             self.model.moe_blocks,
@@ -123,7 +130,9 @@ class Trainer:
         """Takes over a checkpoint's state, whatever layout wrote it; returns its meta."""
         own = self.own_state()
         self.enter("load", slow=True)
-        meta = self.store.load(path, self.state(), own)
+        state = self.state()
+        meta = self.store.load(path, state, own)
+        self.engine.restore(state)
         torch.set_rng_state(own["rng_cpu"])
         if "rng_cuda" in own:
             torch.cuda.set_rng_state(own["rng_cuda"], self.mesh.device)
@@ -214,7 +223,7 @@ class Trainer:
             training=True,
         )
         self.tally.clear()
-        for batch in micro_batches:
+        for place, batch in enumerate(micro_batches, start=1):
             self.enter("forward")
             with autocast(config, self.mesh):
                 output = self.model(batch, context)
@@ -223,7 +232,7 @@ class Trainer:
                 reports = pack_reports(output.reports) if output.reports else None
                 loss = task_loss if reports is None else task_loss + reports.objective()
             self.enter("backward")
-            self.engine.backward(loss)
+            self.engine.backward(loss, last=place == len(micro_batches))
             self.tally.add(task_loss, reports)
         self.enter("optimizer")
         self.grad_norm = self.engine.step()

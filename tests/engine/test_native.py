@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from moedist.engine.contract import TrainingStep
 from moedist.engine.native import NativeConfig, NativeEngine
 from moedist.mesh import Mesh
 from moedist.moe.context import TokenContext
@@ -20,13 +21,17 @@ def engine_of(clip_norm: float | None = None, **rates: float) -> tuple[nn.Module
     model = MoEConfig(num_experts=4).build(8)
     table = spread(model, Mesh.alone())
     optimizer = AdamWConfig(**rates).build(model, table)
-    return model, NativeConfig().build(model, optimizer, table, clip_norm)
+    return model, NativeConfig().build(model, Mesh.alone(), optimizer, table, step_of(clip_norm))
+
+
+def step_of(clip_norm: float | None) -> TrainingStep:
+    return TrainingStep(micro_batch=2, accumulation=1, precision="fp32", clip_norm=clip_norm)
 
 
 def run_step(model: nn.Module, engine: NativeEngine, step: int = 0, factor: float = 1.0) -> float:
     x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(step))
     output = model(x_TD, TokenContext.of_rows(2, 6, step=step))
-    engine.backward(factor * output.out_TD.square().sum() + output.report.losses["switch"])
+    engine.backward(factor * output.out_TD.square().sum() + output.report.losses["switch"], last=True)
     return engine.step()
 
 
@@ -53,11 +58,10 @@ def test_clip_scales_to_the_norm_and_leaves_smaller_gradients():
     for clip_norm, acts in ((0.01, True), (1e6, False), (None, False)):
         model = nn.Linear(2, 1, bias=False)
         nn.init.zeros_(model.weight)
-        engine = NativeConfig().build(
-            model, torch.optim.SGD(model.parameters(), lr=1.0), spread(model, Mesh.alone()), clip_norm
-        )
+        optimizer, mesh = torch.optim.SGD(model.parameters(), lr=1.0), Mesh.alone()
+        engine = NativeConfig().build(model, mesh, optimizer, spread(model, mesh), step_of(clip_norm))
         engine.optimizer.param_groups[0]["name"] = "other"
-        engine.backward(model(torch.tensor([[3.0, 4.0]])).sum())
+        engine.backward(model(torch.tensor([[3.0, 4.0]])).sum(), last=True)
         assert engine.step() == pytest.approx(5.0), "the norm before the clip"
         expected = [-0.006, -0.008] if acts else [-3.0, -4.0]
         assert model.weight[0].tolist() == pytest.approx(expected)
@@ -67,9 +71,9 @@ def test_gradients_add_up_until_the_step():
     model, engine = engine_of()
     other, expected = engine_of()
     x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-    for part_TD in x_TD.chunk(2):
-        engine.backward(model.bank.experts.up.sum() * part_TD.sum())
-    expected.backward(other.bank.experts.up.sum() * x_TD.sum())
+    for place, part_TD in enumerate(x_TD.chunk(2), start=1):
+        engine.backward(model.bank.experts.up.sum() * part_TD.sum(), last=place == 2)
+    expected.backward(other.bank.experts.up.sum() * x_TD.sum(), last=True)
     torch.testing.assert_close(model.bank.experts.up.grad, other.bank.experts.up.grad)
 
 
