@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moedist.engine.contract import TrainingStep
 from moedist.engine.native import NativeConfig
 from moedist.mesh import Axis, Mesh
 from moedist.mesh.collectives import all_gather, all_sum
@@ -83,7 +84,8 @@ def trained(here: Here, ep: int) -> tuple[list[float], dict[str, torch.Tensor], 
     """Three clipped steps of plain SGD: norms, whole parameters, and names of those that differ between replicas."""
     mesh = here.mesh_of(ep)
     layer, table = layer_and_table(mesh)
-    engine = NativeConfig().build(layer, torch.optim.SGD(layer.parameters(), lr=0.5), table, clip_norm=0.05)
+    training_step = TrainingStep(micro_batch=1, accumulation=1, precision="fp64", clip_norm=0.05)
+    engine = NativeConfig().build(layer, mesh, torch.optim.SGD(layer.parameters(), lr=0.5), table, training_step)
     norms = []
     for step in range(3):
         generator = torch.Generator().manual_seed(10 * step + here.rank)
@@ -93,7 +95,8 @@ def trained(here: Here, ep: int) -> tuple[list[float], dict[str, torch.Tensor], 
         )
         output = layer(x_TD, ctx)
         loss = (output.out_TD[ctx.valid_T] - 1).square().sum() / 18
-        engine.backward(loss + sum(output.report.coefficients[n] * v for n, v in output.report.losses.items()))
+        report = output.report
+        engine.backward(loss + sum(report.coefficients[n] * v for n, v in report.losses.items()), last=True)
         norms.append(engine.step())
     apart = []
     for name, parameter in layer.named_parameters():
