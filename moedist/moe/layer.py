@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
         self.losses = nn.ModuleDict({name: part for name, part in methods.items() if isinstance(part, BalanceLoss)})
         self.bias_rules = nn.ModuleList(part for part in methods.values() if isinstance(part, BalanceBias))
         if self.bias_rules:
-            self.router.add_selection_bias(config.num_experts)
+            self.router.add_selection_bias()
         self.shared: SharedExpert | None = None
         if config.shared_hidden_dim is not None:
             shared = LoopConfig(

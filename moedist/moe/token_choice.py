@@ -14,7 +14,7 @@ from moedist.config import Config, ConfigError, require
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw
 from moedist.moe.noise import INPUT_JITTER, ROUTER_NOISE, draw_normal, draw_uniform
-from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
+from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
 
 EPS = 1e-20
 
@@ -137,17 +137,16 @@ class TokenChoiceConfig(RouterConfig):
 class TokenChoiceRouter(Router):
     """Scores by `logits`, selection, gates; a subclass makes the logits."""
 
-    def __init__(self, config: TokenChoiceConfig, num_experts: int, layer: int):
-        super().__init__()
-        config.check(num_experts)
-        self.config, self.layer, self.num_experts = config, layer, num_experts
-        self.top_k = config.experts_per_token(num_experts)
+    def __init__(self, config: TokenChoiceConfig, site: RouterSite):
+        super().__init__(site)
+        config.check(site.num_experts)
+        self.config, self.top_k = config, config.experts_per_token(site.num_experts)
         self.renormalize = self.top_k > 1 if config.renormalize is None else config.renormalize
 
-    def add_selection_bias(self, num_experts: int) -> None:
+    def add_selection_bias(self) -> None:
         """See the contract."""
         device = next(self.parameters()).device
-        self.selection_bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        self.selection_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
     def init_weights(self, draw: Draw) -> None:
         """Clears the bias; a subclass fills its parameters as well."""

@@ -53,7 +53,7 @@ def route_by(config: TopKConfig, logits_TE: Tensor, ctx: TokenContext, bias_E: T
     with torch.no_grad():
         router.weight.copy_(torch.eye(num_experts))
     if bias_E is not None:
-        router.add_selection_bias(num_experts)
+        router.add_selection_bias()
         router.selection_bias.copy_(bias_E)
     return router(logits_TE, ctx)
 

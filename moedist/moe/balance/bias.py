@@ -32,7 +32,7 @@ class BiasConfig(BalanceConfig):
     def check(self, router: Router) -> None:
         """The router must have a selection to move."""
         try:
-            router.add_selection_bias(1)
+            router.add_selection_bias()
         except ConfigError as error:
             raise ConfigError("kind", "bias", f"cannot be used: {error.problem}", error.remedy) from None
 

@@ -45,10 +45,34 @@ class Routing:
     capacity: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class RouterSite:
+    """What a router is built for.
+
+    Attributes:
+        dim: width of the vectors that it looks at (D).
+        num_experts: experts that it chooses from (E).
+        layer: place of its layer in the model; names its noise.
+        device, dtype: of its parameters; None for torch's own.
+    """
+
+    dim: int
+    num_experts: int
+    layer: int = 0
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """A parameter without values."""
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+
+
 class Router(nn.Module):
     """Scores tokens and proposes pairs.
 
     Attributes:
+        num_experts: experts to choose from (E).
+        layer: place of its layer in the model; names its noise.
         selection_bias: fp32 [E], added to the scores for the selection only, never to a gate; None until something that
             balances by a bias asks for it (`add_selection_bias`). A buffer: saved, and without gradient.
         has_first_choices: whether tokens choose, so that each has a first choice.
@@ -57,11 +81,12 @@ class Router(nn.Module):
     selection_bias: Tensor | None
     has_first_choices = True
 
-    def __init__(self) -> None:
+    def __init__(self, site: RouterSite) -> None:
         super().__init__()
+        self.num_experts, self.layer = site.num_experts, site.layer
         self.register_buffer("selection_bias", None)
 
-    def add_selection_bias(self, num_experts: int) -> None:
+    def add_selection_bias(self) -> None:
         """Begins with a bias of zero.
 
         Raises:
@@ -108,11 +133,15 @@ class RouterConfig(Choice, path="moe.router"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Router:
-        """A router of [*, dim] vectors over ``num_experts``; ``layer`` names its noise.
+        """A router of [*, dim] vectors over ``num_experts``; see `RouterSite`.
 
         Raises:
             ConfigError: the choice does not fit ``num_experts``.
         """
+        return self.build_at(RouterSite(dim, num_experts, layer, device, dtype))
+
+    def build_at(self, site: RouterSite) -> Router:
+        """`build`, of which each choice says its own part here."""
         raise NotImplementedError
 
     @property

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.moe.init import Draw, fill_xavier_normal
-from moedist.moe.router.contract import wide
+from moedist.moe.router.contract import RouterSite, wide
 from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
 
 LARGEST_SCALE = 100.0
@@ -46,16 +45,8 @@ class CosineConfig(TokenChoiceConfig):
             "Set it higher; the paper starts at 0.07.",
         )
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> CosineRouter:
-        return CosineRouter(self, dim, num_experts, layer, device, dtype)
+    def build_at(self, site: RouterSite) -> CosineRouter:
+        return CosineRouter(self, site)
 
 
 class CosineRouter(TokenChoiceRouter):
@@ -65,21 +56,13 @@ class CosineRouter(TokenChoiceRouter):
         projection: [P, D]. weight: [E, P]. log_scale: 0-dim, the logarithm of 1 / temperature.
     """
 
-    def __init__(
-        self,
-        config: CosineConfig,
-        dim: int,
-        num_experts: int,
-        layer: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__(config, num_experts, layer)
+    def __init__(self, config: CosineConfig, site: RouterSite):
+        super().__init__(config, site)
         self.temperature = config.temperature
-        width = config.projection_dim or max(2, num_experts // 2)
-        self.projection = nn.Parameter(torch.empty(width, dim, device=device, dtype=dtype))
-        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
-        self.log_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        width = config.projection_dim or max(2, site.num_experts // 2)
+        self.projection = site.parameter(width, site.dim)
+        self.weight = site.parameter(site.num_experts, width)
+        self.log_scale = site.parameter()
 
     def init_weights(self, draw: Draw) -> None:
         """Xavier normal maps."""

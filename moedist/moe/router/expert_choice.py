@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.moe.capacity import Limit, exact
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw, fill_xavier_normal
-from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
+from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +48,8 @@ class ExpertChoiceConfig(RouterConfig):
         """Yes: the number of tokens per expert."""
         return True
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ExpertChoiceRouter:
-        return ExpertChoiceRouter(self, dim, num_experts, device, dtype)
+    def build_at(self, site: RouterSite) -> ExpertChoiceRouter:
+        return ExpertChoiceRouter(self, site)
 
     def experts_per_token(self, num_experts: int) -> int:
         """The average, rounded."""
@@ -73,17 +65,10 @@ class ExpertChoiceRouter(Router):
 
     has_first_choices = False
 
-    def __init__(
-        self,
-        config: ExpertChoiceConfig,
-        dim: int,
-        num_experts: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__()
+    def __init__(self, config: ExpertChoiceConfig, site: RouterSite):
+        super().__init__(site)
         self.limit = Limit(exact(config.factor), 1)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.weight = site.parameter(site.num_experts, site.dim)
 
     def init_weights(self, draw: Draw) -> None:
         """Xavier normal."""

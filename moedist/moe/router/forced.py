@@ -11,7 +11,7 @@ from torch import Tensor
 from moedist.config import require
 from moedist.moe.context import TokenContext
 from moedist.moe.noise import FORCED, draw_uniform
-from moedist.moe.router.contract import Router
+from moedist.moe.router.contract import Router, RouterSite
 from moedist.moe.router.topk import TopKConfig, TopKRouter
 
 
@@ -50,16 +50,8 @@ class ForcedConfig(TopKConfig):
             "Set top_k lower, or moe.num_experts higher.",
         )
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ForcedRouter:
-        return ForcedRouter(self, dim, num_experts, layer, device, dtype)
+    def build_at(self, site: RouterSite) -> ForcedRouter:
+        return ForcedRouter(self, site)
 
 
 class ForcedRouter(TopKRouter):
@@ -67,9 +59,9 @@ class ForcedRouter(TopKRouter):
 
     config: ForcedConfig
 
-    def add_selection_bias(self, num_experts: int) -> None:
+    def add_selection_bias(self) -> None:
         """Refused: the pattern selects."""
-        Router.add_selection_bias(self, num_experts)
+        Router.add_selection_bias(self)
 
     def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
         """Higher for the experts that the pattern wants."""

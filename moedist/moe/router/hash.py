@@ -11,7 +11,7 @@ from moedist.config import require
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw
 from moedist.moe.noise import hash_columns
-from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
+from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +31,15 @@ class HashConfig(RouterConfig):
     def __post_init__(self) -> None:
         require(self.top_k >= 1, "top_k", self.top_k, "picks no expert", "Set it to 1 or more.")
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> HashRouter:
+    def build_at(self, site: RouterSite) -> HashRouter:
         require(
-            self.top_k <= num_experts,
+            self.top_k <= site.num_experts,
             "top_k",
             self.top_k,
-            f"is more than the {num_experts} experts",
-            f"Set moe.router.top_k to {num_experts} or less, or raise moe.num_experts.",
+            f"is more than the {site.num_experts} experts",
+            f"Set moe.router.top_k to {site.num_experts} or less, or raise moe.num_experts.",
         )
-        return HashRouter(self, num_experts, layer)
+        return HashRouter(self, site)
 
     def experts_per_token(self, num_experts: int) -> int:  # noqa: D102
         return self.top_k
@@ -56,9 +48,9 @@ class HashConfig(RouterConfig):
 class HashRouter(Router):
     """Each layer has a table of its own."""
 
-    def __init__(self, config: HashConfig, num_experts: int, layer: int):
-        super().__init__()
-        self.config, self.num_experts, self.layer = config, num_experts, layer
+    def __init__(self, config: HashConfig, site: RouterSite):
+        super().__init__(site)
+        self.config = config
 
     def init_weights(self, draw: Draw) -> None:
         """There is nothing to fill."""

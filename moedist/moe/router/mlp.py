@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.moe.init import Draw, fill_xavier_uniform
-from moedist.moe.router.contract import wide
+from moedist.moe.router.contract import RouterSite, wide
 from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
 
 
@@ -41,16 +40,8 @@ class MLPConfig(TokenChoiceConfig):
             self.temperature_steps >= 1, "temperature_steps", self.temperature_steps, "is no length", "Set 1 or more."
         )
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> MLPRouter:
-        return MLPRouter(self, dim, num_experts, layer, device, dtype)
+    def build_at(self, site: RouterSite) -> MLPRouter:
+        return MLPRouter(self, site)
 
 
 class MLPRouter(TokenChoiceRouter):
@@ -61,29 +52,13 @@ class MLPRouter(TokenChoiceRouter):
     """
 
     config: MLPConfig
-    hidden_weight: nn.Parameter
-    hidden_bias: nn.Parameter
-    weight: nn.Parameter
-    bias: nn.Parameter
 
-    def __init__(
-        self,
-        config: MLPConfig,
-        dim: int,
-        num_experts: int,
-        layer: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__(config, num_experts, layer)
-        shapes = {
-            "hidden_weight": (config.hidden_dim, dim),
-            "hidden_bias": (config.hidden_dim,),
-            "weight": (num_experts, config.hidden_dim),
-            "bias": (num_experts,),
-        }
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+    def __init__(self, config: MLPConfig, site: RouterSite):
+        super().__init__(config, site)
+        self.hidden_weight = site.parameter(config.hidden_dim, site.dim)
+        self.hidden_bias = site.parameter(config.hidden_dim)
+        self.weight = site.parameter(site.num_experts, config.hidden_dim)
+        self.bias = site.parameter(site.num_experts)
 
     def init_weights(self, draw: Draw) -> None:
         """Xavier uniform maps, zero biases."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw, fill_xavier_normal
 from moedist.moe.noise import ROUTER_NOISE, draw_normal
-from moedist.moe.router.contract import wide
+from moedist.moe.router.contract import RouterSite, wide
 from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
 
 
@@ -22,16 +22,8 @@ class NoisyConfig(TokenChoiceConfig):
     ``noise_std`` is a constant part of the standard deviation, added to the learned one.
     """
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> NoisyRouter:
-        return NoisyRouter(self, dim, num_experts, layer, device, dtype)
+    def build_at(self, site: RouterSite) -> NoisyRouter:
+        return NoisyRouter(self, site)
 
 
 class NoisyRouter(TokenChoiceRouter):
@@ -41,18 +33,10 @@ class NoisyRouter(TokenChoiceRouter):
         weight: [E, D], the logits'. noise_weight: [E, D], the noise's.
     """
 
-    def __init__(
-        self,
-        config: NoisyConfig,
-        dim: int,
-        num_experts: int,
-        layer: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__(config, num_experts, layer)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.noise_weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+    def __init__(self, config: NoisyConfig, site: RouterSite):
+        super().__init__(config, site)
+        self.weight = site.parameter(site.num_experts, site.dim)
+        self.noise_weight = site.parameter(site.num_experts, site.dim)
 
     def init_weights(self, draw: Draw) -> None:
         """Xavier normal logits; zero noise weights, so that every expert begins with noise of softplus(0) = ln 2.

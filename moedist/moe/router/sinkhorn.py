@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moedist.config import require
 from moedist.moe.context import TokenContext
-from moedist.moe.router.contract import Router
+from moedist.moe.router.contract import Router, RouterSite
 from moedist.moe.router.topk import TopKConfig, TopKRouter
 from moedist.moe.token_choice import ScoreFunction
 
@@ -39,16 +39,8 @@ class SinkhornConfig(TopKConfig):
         """Other tokens of the batch decide."""
         return False
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> SinkhornRouter:
-        return SinkhornRouter(self, dim, num_experts, layer, device, dtype)
+    def build_at(self, site: RouterSite) -> SinkhornRouter:
+        return SinkhornRouter(self, site)
 
 
 class SinkhornRouter(TopKRouter):
@@ -56,9 +48,9 @@ class SinkhornRouter(TopKRouter):
 
     config: SinkhornConfig
 
-    def add_selection_bias(self, num_experts: int) -> None:
+    def add_selection_bias(self) -> None:
         """Refused: the assignment is balanced already."""
-        Router.add_selection_bias(self, num_experts)
+        Router.add_selection_bias(self)
 
     def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
         """The balanced assignment, in evaluation the logits themselves: a token is then on its own."""

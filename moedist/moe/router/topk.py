@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.moe.init import Draw, fill_xavier_normal
-from moedist.moe.router.contract import wide
+from moedist.moe.router.contract import RouterSite, wide
 from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
 
 
@@ -23,16 +22,8 @@ class TopKConfig(TokenChoiceConfig):
 
     bias: bool = False
 
-    def build(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        layer: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> TopKRouter:
-        return TopKRouter(self, dim, num_experts, layer, device, dtype)
+    def build_at(self, site: RouterSite) -> TopKRouter:
+        return TopKRouter(self, site)
 
 
 class TopKRouter(TokenChoiceRouter):
@@ -44,20 +35,10 @@ class TopKRouter(TokenChoiceRouter):
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        config: TopKConfig,
-        dim: int,
-        num_experts: int,
-        layer: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__(config, num_experts, layer)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if config.bias else None
-        )
+    def __init__(self, config: TopKConfig, site: RouterSite):
+        super().__init__(config, site)
+        self.weight = site.parameter(site.num_experts, site.dim)
+        self.register_parameter("bias", site.parameter(site.num_experts) if config.bias else None)
 
     def init_weights(self, draw: Draw) -> None:
         """Xavier normal, standard deviation sqrt(2 / (D + E)); zero bias."""

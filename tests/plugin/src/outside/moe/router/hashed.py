@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw, fill_normal
-from moedist.moe.router.contract import Router, RouterConfig, Routing, wide
+from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +20,19 @@ class HashedConfig(RouterConfig):
 
     fan_out: int = 2
 
-    def build(self, dim: int, num_experts: int, **place: Any) -> HashedRouter:
-        require(self.fan_out <= num_experts, "fan_out", self.fan_out, "is more than the experts", "Set it lower.")
-        return HashedRouter(self.fan_out, dim, num_experts, place.get("device"), place.get("dtype"))
+    def build_at(self, site: RouterSite) -> HashedRouter:
+        require(self.fan_out <= site.num_experts, "fan_out", self.fan_out, "is more than the experts", "Set it lower.")
+        return HashedRouter(self.fan_out, site)
 
     def experts_per_token(self, num_experts: int) -> int:
         return self.fan_out
 
 
 class HashedRouter(Router):
-    def __init__(self, fan_out: int, dim: int, num_experts: int, device: Any, dtype: Any):
-        super().__init__()
+    def __init__(self, fan_out: int, site: RouterSite):
+        super().__init__(site)
         self.fan_out = fan_out
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.weight = site.parameter(site.num_experts, site.dim)
 
     def init_weights(self, draw: Draw) -> None:
         fill_normal(self.weight, draw("weight"), 0.2)
