@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moedist.config import Choice
-from moedist.mesh import Mesh
+from moedist.mesh import Mesh, MeshConfig
 from moedist.parallel.gradients import GradientTable
 
 
@@ -42,8 +43,22 @@ class Engine(Protocol):
         load, after which `restore` is called with it."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what a load has filled: copies of what this engine keeps in another form."""
+    def restore(self, state: dict[str, Any], num_steps: int) -> None:
+        """Takes over what a load has filled, copies of what this engine keeps in another form, and goes on after
+        ``num_steps`` optimizer steps."""
+        ...
+
+    def notes(self) -> Sequence[str]:
+        """What a user should know of this engine before the first step, line by line."""
+        ...
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """What the engine runs with beyond the run's configuration, as JSON: the run folder keeps it as
+        ``<kind>.json``. None for nothing."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the run's process groups; called once, before they end."""
         ...
 
 
@@ -56,17 +71,24 @@ class TrainingStep:
         accumulation: micro-steps per optimizer step.
         precision: of the forward pass; weights are fp64 under ``fp64`` and fp32 otherwise.
         clip_norm: largest norm of the whole model's gradient; None for no clip.
+        num_steps: optimizer steps of the whole run.
+        warmup_steps: those at its start in which learning rates grow.
     """
 
     micro_batch: int
     accumulation: int
     precision: Literal["fp32", "bf16", "fp64"]
     clip_norm: float | None
+    num_steps: int = 1
+    warmup_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig(Choice, path="engine"):
     """One engine."""
+
+    def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
+        """Raises `ConfigError`, with full keys, where this engine cannot run such a step on such a mesh."""
 
     def build(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +76,19 @@ class NativeEngine:
         moments = {name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
         return {"model": self.model.state_dict(), "optimizer": moments}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], num_steps: int) -> None:
         """Nothing: the state's tensors are the live ones."""
+
+    def notes(self) -> Sequence[str]:
+        """None."""
+        return ()
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """None: the configuration says all."""
+        return None
+
+    def close(self) -> None:
+        """Nothing: axes hold groups by name only."""
 
     def _make_optimizer_state(self) -> None:
         """Optimizers make their moments at the first step; a load needs them before. A step with zero gradients at rate

@@ -8,6 +8,7 @@ from typing import Any
 from moedist.config import ConfigError, ConfigErrors, require
 from moedist.data.check import check_data, open_data
 from moedist.data.contract import Source
+from moedist.engine.contract import TrainingStep
 from moedist.launch.folder import check_folder
 from moedist.train.config import RunConfig
 
@@ -16,7 +17,7 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
     """Checks a configuration for a run on ``world_size`` ranks; changes nothing on disk.
 
     Each config has checked itself when it was decoded; here they meet: mesh and world, experts and mesh, batch and
-    world, data and batch, model and data, folder and what lies in it.
+    world, engine and step, data and batch, model and data, folder and what lies in it.
 
     Args:
         config: decoded.
@@ -32,12 +33,14 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
     errors = check_folder(config.run, mapping)
     errors += _check("mesh", config.mesh.check_world, world_size)
     errors += _check("moe", config.moe.check_spread, config.mesh.ep)
-    accumulation: list[int] = []
-    errors += _check("train", lambda: accumulation.append(config.train.accumulation(world_size)))
+    steps: list[TrainingStep] = []
+    errors += _check("train", lambda: steps.append(config.train.optimizer_step(world_size)))
+    if steps:
+        errors += _check("", config.engine.check, steps[0], config.mesh, world_size)
     sources: list[Source] = []
     errors += _check("", lambda: sources.append(open_data(config.data)))
-    if sources and accumulation:
-        errors += _check("", _check_length, config, sources[0], accumulation[0] * world_size)
+    if sources and steps:
+        errors += _check("", _check_length, config, sources[0], steps[0].accumulation * world_size)
     if sources:
         errors += _check("model", config.model.build, sources[0].vocab_size, config.moe, device="meta")
     if errors:

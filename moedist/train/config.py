@@ -8,7 +8,7 @@ from typing import Literal
 from moedist.config import Config, require
 from moedist.data.contract import DataConfig
 from moedist.data.python_stdlib import PythonStdlibConfig
-from moedist.engine.contract import EngineConfig
+from moedist.engine.contract import EngineConfig, TrainingStep
 from moedist.engine.native import NativeConfig
 from moedist.log.config import LogConfig
 from moedist.mesh import MeshConfig
@@ -139,6 +139,21 @@ class TrainConfig(Config):
             f"Set train.global_batch_tokens to {max(count, 1) * per_micro_step} or {(count + 1) * per_micro_step}.",
         )
         return count
+
+    def optimizer_step(self, world_size: int) -> TrainingStep:
+        """What an engine must know of the loop on ``world_size`` ranks.
+
+        Raises:
+            ConfigError: the global batch is not a whole number of micro-steps.
+        """
+        return TrainingStep(
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation(world_size),
+            precision=self.precision,
+            clip_norm=self.clip_norm,
+            num_steps=self.steps,
+            warmup_steps=self.schedule.warmup_steps,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

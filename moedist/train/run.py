@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -65,16 +66,18 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
             "layout": {"world": mesh.dp.size, "ep": mesh.ep.size, "device": mesh.device.type},
         }
         trainer = Trainer(config, mesh, source, spread, store, stop, watchdog, progress, meta)
-        end.progress = progress
-        if found is not None:
-            check_same_data(trainer.load(found), source, config)
-        end.log = log = open_log(config, run_dir, mesh, progress, terminal)
-        greet(log, config, source, spread, mesh, found)
-        if trainer.run(log):
-            summarize(log, trainer, run_dir)
-            end.at("done", f"All {config.train.steps} steps done.")
-        else:
-            end.at("preempted", f"Asked to stop after step {progress.step}; saved.")
+        with contextlib.closing(trainer.engine):
+            end.progress = progress
+            if found is not None:
+                check_same_data(trainer.load(found), source, config)
+            end.log = log = open_log(config, run_dir, mesh, progress, terminal)
+            greet(log, config, source, spread, mesh, found)
+            introduce_engine(log, trainer, run_dir)
+            if trainer.run(log):
+                summarize(log, trainer, run_dir)
+                end.at("done", f"All {config.train.steps} steps done.")
+            else:
+                end.at("preempted", f"Asked to stop after step {progress.step}; saved.")
     return end.exit_code
 
 
@@ -206,6 +209,17 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
         log.say(f"note   {label} routing: the numbers of this run are not a trained model's")
     if found is not None:
         log.say(f"resume {found}")
+
+
+def introduce_engine(log: RunLog, trainer: Trainer, run_dir: Path) -> None:
+    """Says what a user should know of the engine, and keeps what it runs with beside the configuration."""
+    if trainer.mesh.dp.rank != 0:
+        return
+    kind, settings = trainer.config.engine.kind, trainer.engine.settings()
+    for note in trainer.engine.notes():
+        log.say(f"{kind}  {note}")
+    if settings is not None:
+        (run_dir / f"{kind}.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def summarize(log: RunLog, trainer: Trainer, run_dir: Path) -> None:

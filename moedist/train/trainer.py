@@ -14,7 +14,6 @@ from torch import Tensor
 
 from moedist.data.contract import Source
 from moedist.data.loader import Loader
-from moedist.engine.contract import TrainingStep
 from moedist.log.metrics import moe_metrics, train_metrics
 from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import Value
@@ -88,12 +87,7 @@ class Trainer:
         self.model = spread.model
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
         optimizer = config.train.optimizer.build(self.model, spread.gradients)
-        step = TrainingStep(
-            micro_batch=config.train.micro_batch,
-            accumulation=config.train.accumulation(mesh.dp.size),
-            precision=config.train.precision,
-            clip_norm=config.train.clip_norm,
-        )
+        step = config.train.optimizer_step(mesh.dp.size)
         self.engine = config.engine.build(self.model, mesh, optimizer, spread.gradients, step)
         num_layers = len(self.model.moe_blocks)
         self.tally = Tally(
@@ -132,7 +126,7 @@ class Trainer:
         self.enter("load", slow=True)
         state = self.state()
         meta = self.store.load(path, state, own)
-        self.engine.restore(state)
+        self.engine.restore(state, meta["step"])
         torch.set_rng_state(own["rng_cpu"])
         if "rng_cuda" in own:
             torch.cuda.set_rng_state(own["rng_cuda"], self.mesh.device)
