@@ -31,8 +31,9 @@ examples:
   # go on after a preemption or a crash
   moedist train run.dir=runs/first run.resume=auto
 
-  # what would run, for a script
+  # what would run, for a script; what ranks of a cluster would hold, on a laptop
   moedist train --dry-run --json mesh.ep=4
+  moedist train --dry-run launch.nnodes=128 launch.nproc=8 mesh.ep=64 moe.num_experts=64
 
 A group and its key: moe/router=topk picks the file conf/moe/router/topk.yaml, moe.router.top_k=4 sets a value in it.
 """
@@ -49,7 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="parts and values of the configuration")
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration, every key, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, build some of the ranks without starting them, say what they hold, and stop",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; the rest on the other")
     parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -76,19 +81,16 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(OmegaConf.to_container(job)) if args.json else OmegaConf.to_yaml(job), end="")
         return 0
 
-    from moedist.launch.folder import choose_folder, claim_folder
+    from moedist.launch.folder import claim_folder
     from moedist.launch.start import plan_ranks, run_ranks
     from moedist.launch.validate import validate
 
     composed = compose(args.overrides)
     config = composed.config
     ranks = plan_ranks(config.launch, config.mesh.device)
-    source = validate(config, composed.mapping, ranks.world_size)
     if args.dry_run:
-        plan = describe_plan(composed, ranks, choose_folder(config.run))
-        print(json.dumps(plan) if args.json else "\n".join(f"{key:<12} {value}" for key, value in plan.items()))
-        return 0
-    del source  # the ranks open it themselves
+        return show_dry_run(composed, ranks, as_json=args.json)
+    validate(config, composed.mapping, ranks.world_size)  # the ranks open the data themselves
     terminal = sys.stderr if args.json else None
     if ranks.nnodes > 1:
         run_dir = shared_folder(config.run.dir)
@@ -120,14 +122,20 @@ def shared_folder(folder: str | None) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def describe_plan(composed: Composed, ranks: Ranks, run_dir: Path) -> dict[str, Any]:
-    """What a run would be, by name."""
+def show_dry_run(composed: Composed, ranks: Ranks, *, as_json: bool) -> int:
+    """Builds some of the ranks without starting them and says what they would be."""
+    import dataclasses
+
+    from moedist.launch.folder import choose_folder
+    from moedist.launch.validate import validate_dry_run
+    from moedist.train.dry_run import describe, dry_run
+
     config = composed.config
+    data = validate_dry_run(config, composed.mapping, ranks.world_size)
     accumulation = config.train.accumulation(ranks.world_size)
-    micro_step = ranks.world_size * config.train.micro_batch * config.train.sequence_length
-    return {
+    facts = {
         "name": config.run.name,
-        "folder": str(run_dir),
+        "folder": str(choose_folder(config.run)),
         "ranks": ranks.world_size,
         "nodes": ranks.nnodes,
         "threads": ranks.threads,
@@ -135,9 +143,16 @@ def describe_plan(composed: Composed, ranks: Ranks, run_dir: Path) -> dict[str, 
         "edp": ranks.world_size // config.mesh.ep,
         "steps": config.train.steps,
         "accumulation": accumulation,
-        "tokens_step": accumulation * micro_step,
+        "tokens_step": accumulation * ranks.world_size * config.train.micro_batch * config.train.sequence_length,
         "resume": config.run.resume,
+        "data": data.description,
     }
+    plan = dry_run(config, data.vocab_size, ranks.world_size)
+    if as_json:
+        print(json.dumps({**facts, "built": dataclasses.asdict(plan)}))
+    else:
+        print("\n".join([*(f"{key:<12} {value}" for key, value in facts.items()), "", *describe(plan)]))
+    return 0
 
 
 def report(status: Status, run_dir: Path, nnodes: int, *, as_json: bool, command: str) -> None:

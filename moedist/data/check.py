@@ -19,6 +19,11 @@ def open_data(config: DataConfig) -> Source:
         raise error.under("data") from None
 
 
+def stated_vocab_size(config: DataConfig) -> int | None:
+    """The number of token ids where the configuration says it; None where only the corpus knows."""
+    return getattr(config, "vocab_size", None)
+
+
 def check_data(
     config: DataConfig, source: Source, *, sequence_length: int, global_samples: int, evaluates: bool = True
 ) -> None:

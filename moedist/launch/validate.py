@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from moedist.config import ConfigError, ConfigErrors, require
-from moedist.data.check import check_data, open_data
+from moedist.data.check import check_data, open_data, stated_vocab_size
 from moedist.data.contract import Source
 from moedist.engine.contract import TrainingStep
 from moedist.launch.folder import check_folder
@@ -30,22 +31,86 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
     Raises:
         ConfigErrors: all that is wrong, at once.
     """
+    errors = _check_parts(config, mapping, world_size) + _check("launch", config.launch.check_start)
+    source, data_errors = _check_data(config, world_size)
+    errors += data_errors
+    if source is not None:
+        errors += _check_model(config, source.vocab_size)
+    if errors:
+        raise ConfigErrors(errors)
+    assert source is not None
+    return source
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a dry run knows of the data.
+
+    Attributes:
+        vocab_size: number of token ids.
+        description: the corpus in words, or what it lacks on this machine.
+    """
+
+    vocab_size: int
+    description: str
+
+
+def validate_dry_run(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> Data:
+    """Checks a configuration for a dry run of ``world_size`` ranks; changes nothing on disk.
+
+    On one node as `validate`. A run of several nodes may be planned where none of them is: it needs no rendezvous, and
+    what is wrong with its data is told and not refused, if the configuration says the number of token ids.
+
+    Raises:
+        ConfigErrors: all that is wrong, at once.
+    """
+    if config.launch.nnodes == 1:
+        corpus = validate(config, mapping, world_size)
+        return Data(corpus.vocab_size, corpus.describe())
+    errors = _check_parts(config, mapping, world_size)
+    source, data_errors = _check_data(config, world_size)
+    vocab_size = source.vocab_size if source is not None else stated_vocab_size(config.data)
+    if vocab_size is None:
+        raise ConfigErrors([*errors, *data_errors])
+    errors += _check_model(config, vocab_size)
+    if errors:
+        raise ConfigErrors(errors)
+    if data_errors:
+        return Data(vocab_size, f"not ready on this machine: {' '.join(map(str, data_errors))}")
+    assert source is not None
+    return Data(vocab_size, source.describe())
+
+
+def _check_parts(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> list[ConfigError]:
+    """What is wrong beside the data, and what depends on it."""
     errors = check_folder(config.run, mapping)
     errors += _check("mesh", config.mesh.check_world, world_size)
     errors += _check("moe", config.moe.check_spread, config.mesh.ep)
+    step, step_errors = _optimizer_step(config, world_size)
+    errors += step_errors
+    if step is not None:
+        errors += _check("", config.engine.check, step, config.mesh, world_size)
+    return errors
+
+
+def _optimizer_step(config: RunConfig, world_size: int) -> tuple[TrainingStep | None, list[ConfigError]]:
     steps: list[TrainingStep] = []
-    errors += _check("train", lambda: steps.append(config.train.optimizer_step(world_size)))
-    if steps:
-        errors += _check("", config.engine.check, steps[0], config.mesh, world_size)
-    sources: list[Source] = []
-    errors += _check("", lambda: sources.append(open_data(config.data)))
-    if sources and steps:
-        errors += _check("", _check_length, config, sources[0], steps[0].accumulation * world_size)
-    if sources:
-        errors += _check("model", config.model.build, sources[0].vocab_size, config.moe, device="meta")
-    if errors:
-        raise ConfigErrors(errors)
-    return sources[0]
+    errors = _check("train", lambda: steps.append(config.train.optimizer_step(world_size)))
+    return (steps[0] if steps else None), errors
+
+
+def _check_data(config: RunConfig, world_size: int) -> tuple[Source | None, list[ConfigError]]:
+    """The opened corpus, if there is one, and what is wrong with it."""
+    opened: list[Source] = []
+    errors = _check("", lambda: opened.append(open_data(config.data)))
+    step, _ = _optimizer_step(config, world_size)
+    if opened and step is not None:
+        errors += _check("", _check_length, config, opened[0], step.accumulation * world_size)
+    return (opened[0] if opened else None), errors
+
+
+def _check_model(config: RunConfig, vocab_size: int) -> list[ConfigError]:
+    return _check("model", config.model.build, vocab_size, config.moe, device="meta")
 
 
 def validate_evaluation(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
@@ -39,3 +40,8 @@ class Axis:
         """The live process group; asked for at each use, never stored."""
         assert self.group_name is not None, f"axis {self.name} has no process group"
         return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks on the line, in its order."""
+        return (0,) if self.group_name is None else tuple(dist.get_process_group_ranks(self.group))

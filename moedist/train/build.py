@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from moedist.engine.contract import Engine
 from moedist.mesh import Mesh
 from moedist.model.attention.contract import Attention
 from moedist.model.contract import LanguageModel
@@ -39,6 +40,8 @@ class SpreadModel:
 def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     """Builds without storage, keeps this rank's experts, then gives storage and values: no rank ever holds the whole.
 
+    On a mesh whose device is ``meta`` (a dry run) it stays without storage and values.
+
     Raises:
         ConfigError: sizes that do not fit together.
     """
@@ -46,11 +49,19 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     size = model_size(model)
     flops_per_token = train_flops_per_token(model, config.train.sequence_length)
     gradients = spread(model, mesh)
-    model.to_empty(device=mesh.device)
-    init_weights(model, config.seed)
+    if mesh.device.type != "meta":
+        model.to_empty(device=mesh.device)
+        init_weights(model, config.seed)
     if config.train.activation_checkpointing:
         recompute_in_backward(model, (Attention, Bank))
     return SpreadModel(model, gradients, size, flops_per_token)
+
+
+def build_engine(config: RunConfig, spread: SpreadModel, mesh: Mesh) -> Engine:
+    """The engine in charge of a spread model, with a new optimizer."""
+    optimizer = config.train.optimizer.build(spread.model, spread.gradients)
+    step = config.train.optimizer_step(mesh.dp.size)
+    return config.engine.build(spread.model, mesh, optimizer, spread.gradients, step)
 
 
 def autocast(config: RunConfig, mesh: Mesh) -> torch.autocast:

@@ -45,7 +45,7 @@ class LaunchConfig(Config):
 
     Attributes:
         nproc: ranks on this node; None for one per GPU, or one per core up to 4 where there is none.
-        nnodes: number of nodes; more than one needs ``rendezvous``.
+        nnodes: number of nodes; more than one can only be started with ``rendezvous``.
         rendezvous: host:port that all nodes can reach; None on a single node.
         threads: OMP threads of each rank; None for cores / ranks.
         max_restarts: how often a failed group of ranks is started again from its last good checkpoint.
@@ -68,6 +68,9 @@ class LaunchConfig(Config):
             self.threads is None or self.threads >= 1, "threads", self.threads, "is no thread count", "Set 1 or more."
         )
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "is negative", "Set it to 0 or more.")
+
+    def check_start(self) -> None:
+        """Raises `ConfigError` where ranks could not be started so; a plan of them needs less."""
         require(
             self.nnodes == 1 or self.rendezvous is not None,
             "rendezvous",

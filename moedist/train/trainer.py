@@ -24,7 +24,7 @@ from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
 from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.report import pack_reports
-from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast
+from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast, build_engine
 from moedist.train.checkpoint import CheckpointStore, DiskError
 from moedist.train.config import RunConfig
 from moedist.train.evaluate import evaluate
@@ -86,9 +86,7 @@ class Trainer:
         self.store, self.stop, self.watchdog, self.progress, self.meta = store, stop, watchdog, progress, meta
         self.model = spread.model
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
-        optimizer = config.train.optimizer.build(self.model, spread.gradients)
-        step = config.train.optimizer_step(mesh.dp.size)
-        self.engine = config.engine.build(self.model, mesh, optimizer, spread.gradients, step)
+        self.engine = build_engine(config, spread, mesh)
         num_layers = len(self.model.moe_blocks)
         self.tally = Tally(
             self.model.moe_blocks,

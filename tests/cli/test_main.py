@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -101,6 +102,7 @@ def test_dry_run_makes_nothing(tmp_path: Path, started: list, capsys: Output):
     plan = json.loads(capsys.readouterr().out)
     assert (plan["folder"], plan["ranks"], plan["ep"], plan["edp"], plan["accumulation"]) == (str(folder), 4, 4, 1, 2)
     assert plan["tokens_step"] == 16384
+    assert [rank["rank"] for rank in plan["built"]["ranks"]] == [0, 3]
     assert not folder.exists() and started == []
 
 
@@ -135,7 +137,30 @@ def test_json_keeps_standard_output_for_scripts(tmp_path: Path, started: list, c
     assert started[0]["terminal"] is sys.stderr
 
 
+def test_1024_ranks_are_planned_on_one_machine(started: list, capsys: Output):
+    command = ["train", "--dry-run", "launch.nnodes=128", "launch.nproc=8", "mesh.ep=64"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "moe.num_experts = 8 cannot be cut into 64 equal parts" in said
+    assert "Set mesh.ep to one of [1, 2, 4, 8], or moe.num_experts to a multiple of 64." in said
+    assert main([*command, "experiment=olmoe_1b_7b", "train.micro_batch=1"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "data         not ready on this machine: data.files = [] names no files.",
+        "rank 0\n  dp        0-1023 (1024)\n  ep        0-63 (64)\n  edp       0, 64, ..., 960 (16)\n",
+        "  experts   63 of layers 0-15\n  memory    8.604 GiB: weights 2.151 GiB, gradients 2.151 GiB, optimizer",
+        "rank 64\n  dp        0-1023 (1024)\n  ep        64-127 (64)\n",
+        "check        all 6,919,161,856 parameters lie exactly once",
+        "not counted  activations,",
+    ):
+        assert words in said
+    assert re.search(r"experts\.down +16 +\[64, 1024, 2048\] +64 +16 +\[1, 1024, 2048\]\n", said)
+    assert started == []
+
+
 def test_what_several_nodes_need(tmp_path: Path, started: list, capsys: Output):
+    assert main(["train", *QUICK, "launch.nnodes=2"]) == 2
+    assert "launch.rendezvous = None says no meeting point for 2 nodes" in capsys.readouterr().err
     nodes = [*QUICK, "launch.nnodes=2", "launch.rendezvous=node:29400"]
     assert main(["train", *nodes]) == 2
     assert "run.dir = None names no folder that several nodes share" in capsys.readouterr().err

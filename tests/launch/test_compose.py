@@ -66,7 +66,6 @@ def test_every_misspelt_key_is_named_with_the_nearest():
         (["+moe.nothing=1"], "moe.nothing", "is not a known key"),
         (["mesh.ep=0"], "mesh.ep", "is not a number of ranks"),
         (["moe.capacity.factor=-1"], "moe.capacity.factor", "Set it above 0"),
-        (["launch.nnodes=2"], "launch.rendezvous", "says no meeting point for 2 nodes"),
         (["run.name=${nowhere}"], "run.name", "cannot be resolved"),
         (["plugins=[no_such_package]"], "plugins", "cannot be imported. Install the package"),
         (["plugins=no_such_package"], "plugins", "Write plugins=[no_such_package]."),

@@ -6,7 +6,7 @@ import pytest
 
 from moedist.config import ConfigErrors
 from moedist.launch.compose import compose
-from moedist.launch.validate import validate, validate_evaluation
+from moedist.launch.validate import validate, validate_dry_run, validate_evaluation
 
 SMALL = ["experiment=null", "train.sequence_length=16", "train.micro_batch=2"]
 SYNTHETIC = ["data=synthetic", "data.num_tokens=5000"]
@@ -54,3 +54,25 @@ def test_evaluations_need_held_out_tokens(tmp_path: Path):
     errors = errors_of(*overrides, check=validate_evaluation)
     assert set(errors) == {"data", "mesh.ep", "moe.num_experts"}
     assert "holds out 0 tokens" in errors["data"]
+
+
+def test_several_nodes_need_a_meeting_point_to_start_and_none_to_plan():
+    assert "says no meeting point for 2 nodes" in errors_of("launch.nnodes=2")["launch.rendezvous"]
+    composed = compose([*SMALL, *SYNTHETIC, "launch.nnodes=2"])
+    assert validate_dry_run(composed.config, composed.mapping, 8).vocab_size == 1024
+
+
+def test_a_plan_of_several_nodes_needs_no_data_where_the_ids_are_known():
+    elsewhere = ["launch.nnodes=2", "data=tokens", "data.files=/elsewhere/*.bin", "data.vocab_size=50304"]
+    composed = compose([*SMALL, *elsewhere])
+    data = validate_dry_run(composed.config, composed.mapping, 8)
+    assert data.vocab_size == 50304 and data.description.startswith("not ready on this machine: data.files = ")
+    errors = errors_of(*elsewhere, "launch.nnodes=1", check=validate_dry_run)
+    assert set(errors) == {"data.files"}, "a run of this machine needs its data here"
+    errors = errors_of(*elsewhere, "data.vocab_size=null", "mesh.ep=3", check=validate_dry_run)
+    assert set(errors) == {"data.vocab_size", "mesh.ep", "moe.num_experts"}
+
+
+def test_a_plan_of_many_ranks_says_that_the_corpus_is_short():
+    composed = compose([*SMALL, *SYNTHETIC, "launch.nnodes=128"])
+    assert "takes 2048 samples per step" in validate_dry_run(composed.config, composed.mapping, 1024).description
