@@ -160,7 +160,7 @@ def concatenated_routings(routings: list[Routing]) -> Routing:
         parts = [getattr(routing, name) for routing in routings]
         return None if parts[0] is None else torch.cat(parts)
 
-    tensors = ("expert_N", "gate_N", "score_TE", "logits_TE", "probs_TE", "live_N", "load_TE")
+    tensors = ("expert_N", "gate_N", "score_TE", "logits_TE", "probs_TE", "live_N", "load_TE", "allowed_TE")
     return dataclasses.replace(
         routings[0],
         token_N=torch.cat([routing.token_N + index * ROWS * LENGTH for index, routing in enumerate(routings)]),

@@ -82,12 +82,14 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     from moedist.launch.folder import claim_folder
+    from moedist.launch.node_groups import follow_nodes
     from moedist.launch.start import plan_ranks, run_ranks
     from moedist.launch.validate import validate
 
     composed = compose(args.overrides)
+    ranks = plan_ranks(composed.config.launch, composed.config.mesh.device)
+    composed = follow_nodes(composed, ranks.nproc)
     config = composed.config
-    ranks = plan_ranks(config.launch, config.mesh.device)
     if args.dry_run:
         return show_dry_run(composed, ranks, as_json=args.json)
     validate(config, composed.mapping, ranks.world_size)  # the ranks open the data themselves

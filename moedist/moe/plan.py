@@ -136,7 +136,7 @@ def place_pairs(
     top_k, num_tokens = routing.pairs_per_token, ctx.valid_T.shape[0]
     assert top_k is not None, "a token's other experts are known for token choice only"
     score_TE = routing.score_TE.detach()
-    tried_TE = torch.zeros_like(score_TE, dtype=torch.bool)
+    tried_TE = torch.zeros_like(score_TE, dtype=torch.bool) if routing.allowed_TE is None else ~routing.allowed_TE
     tried_TE[routing.token_N, routing.expert_N] = True
     limit_GE = limit_G[:, None].expand(-1, num_experts)
     group_T = groups.group_N.view(num_tokens, top_k)[:, 0]

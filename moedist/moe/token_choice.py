@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.config import Config, ConfigError, require
@@ -25,32 +26,47 @@ ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 class GroupLimit(Config):
     """Group-limited selection: a token's experts come from its best few groups (DeepSeek-V2, section 2.2.2).
 
-    Groups are equal blocks of neighbouring experts. With as many groups as nodes, and experts placed in order, a group
-    is a node, and a token is sent to ``top_groups`` nodes at most.
+    Groups are equal blocks of neighbouring experts. With ``per_node`` a group is what one node holds of them, so that a
+    token is sent to ``top_groups`` nodes at most, whatever the capacity's overflow does.
 
     Attributes:
-        num_groups: how many groups the experts are cut into.
-        top_groups: groups that a token may pick from.
+        num_groups: how many groups the experts are cut into. With ``per_node``, None lets the launcher fill it in
+            (`moedist.launch.node_groups`): routing depends on the number, so it is part of the run's configuration and
+            stays what it is when the run goes on at another layout.
+        top_groups: groups that a token may pick from; with ``per_node`` it may be more than there are.
         score: a group's score: the sum of its two best experts' (``top2_sum``, DeepSeek-V3) or its best's (``max``,
             V2).
+        per_node: whether ``num_groups`` is the number of nodes that an expert-parallel group spans.
     """
 
-    num_groups: int
-    top_groups: int
+    num_groups: int | None = None
+    top_groups: int = 1
     score: Literal["top2_sum", "max"] = "top2_sum"
+    per_node: bool = False
 
     def __post_init__(self) -> None:
-        require(self.num_groups >= 1, "num_groups", self.num_groups, "is no number of groups", "Set it to 1 or more.")
         require(
-            1 <= self.top_groups <= self.num_groups,
+            self.num_groups is not None or self.per_node,
+            "num_groups",
+            None,
+            "says no number of groups",
+            "Set it to a divisor of moe.num_experts, or per_node to true.",
+        )
+        num_groups = self.num_groups
+        require(num_groups is None or num_groups >= 1, "num_groups", num_groups, "is no number", "Set it to 1 or more.")
+        most = math.inf if self.per_node or num_groups is None else num_groups
+        require(
+            1 <= self.top_groups <= most,
             "top_groups",
             self.top_groups,
-            f"is not between 1 and the {self.num_groups} groups",
-            f"Set it to 1 to {self.num_groups}.",
+            "is too small" if self.top_groups < 1 else f"is more than the {num_groups} groups",
+            "Set it to 1 or more." if most == math.inf else f"Set it to 1 to {num_groups}.",
         )
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises `ConfigError` where the experts cannot be cut so, or too few are left to pick from."""
+        if self.num_groups is None:
+            return
         require(
             num_experts % self.num_groups == 0,
             "num_groups",
@@ -59,11 +75,12 @@ class GroupLimit(Config):
             "Set it to a divisor of moe.num_experts.",
         )
         size = num_experts // self.num_groups
+        left = size * min(self.top_groups, self.num_groups)
         require(
-            top_k <= size * self.top_groups,
+            top_k <= left,
             "top_groups",
             self.top_groups,
-            f"leaves {size * self.top_groups} experts for top_k = {top_k}",
+            f"leaves {left} experts for top_k = {top_k}",
             "Set it higher, or top_k lower.",
         )
         require(
@@ -73,6 +90,25 @@ class GroupLimit(Config):
             "needs two experts in a group",
             "Set it to max, or num_groups lower.",
         )
+
+    def note(self, num_nodes: int | None) -> str | None:
+        """What a run should say at its start, where ``per_node``; None for nothing.
+
+        Args:
+            num_nodes: nodes that each expert-parallel group spans; None where groups begin or end inside a node.
+        """
+        if not self.per_node:
+            return None
+        if num_nodes != self.num_groups:
+            here = "begins or ends inside a node" if num_nodes is None else f"spans {num_nodes} here"
+            return (
+                f"routing keeps the {self.num_groups} groups of experts of the run's first start, one per node; an "
+                f"expert-parallel group {here}, so a group is not what one node holds"
+            )
+        if self.num_groups == 1:
+            return "groups of experts follow nodes: expert parallelism stays inside one node, so nothing is limited"
+        most = min(self.top_groups, self.num_groups or 1)
+        return f"groups of experts follow nodes: a token is sent to at most {most} of {self.num_groups}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +203,8 @@ class TokenChoiceRouter(Router):
             logits_TE = self.logits(x_TD, ctx.step)
             noisy_TE, load_TE = self.with_noise(logits_TE, x_TD, ctx) if ctx.training else (logits_TE, None)
             score_TE = scores(noisy_TE, self.config.score)
-            expert_TK = self.select(noisy_TE.detach(), score_TE.detach(), ctx)
+            allowed_TE = self.allowed(score_TE.detach())
+            expert_TK = self.select(noisy_TE.detach(), score_TE.detach(), allowed_TE, ctx)
             score_TK = score_TE.gather(1, expert_TK)
             gate_TK = score_TK
             if self.renormalize:
@@ -189,6 +226,7 @@ class TokenChoiceRouter(Router):
             probs_TE=probs_TE,
             pairs_per_token=self.top_k,
             load_TE=load_TE,
+            allowed_TE=allowed_TE,
         )
 
     def with_noise(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, Tensor | None]:
@@ -198,18 +236,25 @@ class TokenChoiceRouter(Router):
         noise_TE = draw_normal(ctx, self.num_experts, layer=self.layer, stream=ROUTER_NOISE)
         return logits_TE + self.config.noise_std * noise_TE.to(logits_TE.dtype), None
 
-    def select(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
+    def allowed(self, score_TE: Tensor) -> Tensor | None:
+        """[T, E] bool: experts of each token's best groups; None where all are allowed."""
+        if self.config.groups is None:
+            return None
+        return best_groups(
+            score_TE if self.selection_bias is None else score_TE + self.selection_bias, self.config.groups
+        )
+
+    def select(self, logits_TE: Tensor, score_TE: Tensor, allowed_TE: Tensor | None, ctx: TokenContext) -> Tensor:
         """int64 [T, K]: the chosen experts. A stable sort, because torch.topk breaks ties as it likes."""
         order_TE = self.selection_order(logits_TE, score_TE, ctx)
+        if allowed_TE is not None:
+            order_TE = order_TE.masked_fill(~allowed_TE, -torch.inf)
         return order_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k]
 
     def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
         """[T, E], without gradient: higher is chosen first."""
-        order_TE = score_TE if self.selection_bias is None else score_TE + self.selection_bias
-        if self.config.groups is not None:
-            return limit_groups(order_TE, self.config.groups)
         # Every score grows with its logit, and logits keep apart what a score rounds to one value.
-        return logits_TE if self.selection_bias is None else order_TE
+        return logits_TE if self.selection_bias is None else score_TE + self.selection_bias
 
 
 def scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
@@ -219,8 +264,20 @@ def scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
     return logits_TE.sigmoid() if function == "sigmoid" else F.softplus(logits_TE).sqrt()
 
 
-def limit_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
-    """Scores with -inf at experts outside each token's best groups; equal groups go to the lowest index."""
+def best_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
+    """[T, E] bool: whether an expert is in one of its token's best groups; equal groups go to the lowest index.
+
+    Raises:
+        ConfigError: the groups follow nodes and nobody has said how many there are.
+    """
+    require(
+        groups.num_groups is not None,
+        "moe.router.groups.num_groups",
+        None,
+        "is not known outside of a launched run",
+        "Set it to the number of nodes that an expert-parallel group spans.",
+    )
+    assert groups.num_groups is not None
     num_tokens, num_experts = score_TE.shape
     score_TGM = score_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
     if groups.score == "max":
@@ -229,4 +286,12 @@ def limit_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
         group_TG = score_TGM.sort(dim=2, descending=True).values[:, :, :2].sum(2)
     best = group_TG.sort(dim=1, descending=True, stable=True).indices[:, : groups.top_groups]
     allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best, True)
-    return score_TGM.masked_fill(~allowed_TG[:, :, None], -torch.inf).view(score_TE.shape)
+    return allowed_TG[:, :, None].expand_as(score_TGM).reshape(score_TE.shape)
+
+
+def group_notes(model: nn.Module, num_nodes: int | None) -> list[str]:
+    """`GroupLimit.note` of all routers of a model, each line once; ``num_nodes`` as there."""
+    routers = (module for module in model.modules() if isinstance(module, TokenChoiceRouter))
+    limits = dict.fromkeys(router.config.groups for router in routers)
+    notes = (limit.note(num_nodes) for limit in limits if limit is not None)
+    return [note for note in notes if note is not None]

@@ -89,11 +89,13 @@ def _decide(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
     """Rank 0's part: the run's folder and configuration, or the exit code that all ranks leave with."""
     from moedist.launch.compose import compose
     from moedist.launch.folder import claim_folder
+    from moedist.launch.node_groups import follow_nodes
     from moedist.launch.validate import validate
 
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
         composed = compose([*overrides, "run.resume=auto"] if restarted else overrides)
+        composed = follow_nodes(composed, int(os.environ["LOCAL_WORLD_SIZE"]))
         validate(composed.config, composed.mapping, world_size)
         claim = claim_folder(composed.config.run, composed.mapping)  # locked until this process ends
     except ConfigError as error:

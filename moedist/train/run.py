@@ -21,8 +21,10 @@ from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import RunInfo
 from moedist.mesh import Mesh
 from moedist.mesh.collectives import broadcast_json
+from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.mesh.slow import slow_axis
 from moedist.moe.layer import routing_label
+from moedist.moe.token_choice import group_notes
 from moedist.train.build import SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
 from moedist.train.config import RunConfig
@@ -205,6 +207,9 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     note = moe.dispatch.note(moe.num_experts, moe.router.experts_per_token(moe.num_experts), moe.capacity.dropless)
     if note is not None:
         log.say(f"note   {note}")
+    num_nodes = nodes_per_ep_group(mesh.ep.size, int(os.environ.get("LOCAL_WORLD_SIZE", mesh.dp.size)))
+    for line in group_notes(spread.model, num_nodes):
+        log.say(f"note   {line}")
     if (label := routing_label(spread.model)) is not None:
         log.say(f"note   {label} routing: the numbers of this run are not a trained model's")
     if found is not None:

@@ -6,12 +6,18 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moedist.config import ConfigError
+from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.moe.balance.bias import BiasConfig
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.init import named_draw
 from moedist.moe.layer import MoEConfig
+from moedist.moe.placement import Placement
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.topk import TopKConfig
 from moedist.moe.token_choice import GroupLimit
 from tests.moe.by_hand import route_by, route_logits
@@ -69,6 +75,35 @@ def test_group_limited_selection_equals_a_plain_loop(score, biased, num_groups, 
         experts = [e for e in range(12) if e // size in allowed]
         expected = sorted(experts, key=lambda e: -row[e])[:top_k]
         assert routing.expert_N.view(40, top_k)[token].tolist() == expected
+
+
+@pytest.mark.parametrize("overflow", ["drop", "next_best"])
+@pytest.mark.parametrize(("ep", "ranks_per_node"), [(4, 1), (4, 2), (8, 2), (8, 4)])
+@settings(max_examples=15, derandomize=True, deadline=None, database=None)
+@given(data=st.data())
+def test_a_token_is_computed_on_at_most_top_groups_nodes(ep, ranks_per_node, overflow, data):
+    """The bound on traffic between nodes, counted where the placement puts the experts, overflow included."""
+    num_nodes = nodes_per_ep_group(ep, ranks_per_node)
+    each, top_groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, num_nodes))
+    num_experts = ep * each
+    top_k = data.draw(st.integers(1, num_experts // num_nodes * top_groups))
+    groups = GroupLimit(num_nodes, top_groups, "max", per_node=True)
+    layer = MoEConfig(num_experts=num_experts, router=TopKConfig(top_k=top_k, groups=groups)).build(4).double()
+    x_TD = torch.randn(
+        40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    )
+    ctx = TokenContext.of_rows(4, 10)
+    routing = layer.router(x_TD, ctx)
+    plan = plan_capacity(routing, ctx, CapacityConfig(factor=1.0, overflow=overflow))
+    rank_E = torch.tensor(
+        [rank for rank, ids in enumerate(Placement.in_order(num_experts, ep).expert_ids) for _ in ids]
+    )
+    for expert_N, there_N in ((routing.expert_N, routing.token_N >= 0), (plan.expert_N, plan.slot_N >= 0)):
+        node_N = rank_E[expert_N] // ranks_per_node
+        visits = {
+            (t, n) for t, n, there in zip(routing.token_N.tolist(), node_N.tolist(), there_N, strict=True) if there
+        }
+        assert max(sum(t == token for t, _ in visits) for token in range(40)) <= top_groups
 
 
 def test_equal_groups_go_to_the_lowest_index():

@@ -31,6 +31,7 @@ class Routing:
         live_N: false at pairs that are there for the shape's sake only; None where all count.
         load_TE: the probability that fresh noise would choose each expert, with gradient; None without learned noise.
         capacity: upper bound of an expert's pairs, known from the shapes; None where there is none but the token count.
+        allowed_TE: bool, experts that overflow may send a token's pairs to; None for all.
     """
 
     token_N: Tensor
@@ -43,6 +44,7 @@ class Routing:
     live_N: Tensor | None = None
     load_TE: Tensor | None = None
     capacity: int | None = None
+    allowed_TE: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
