@@ -73,19 +73,21 @@ def uninterrupted(folder: Path) -> Story:
 
 
 def stopped_and_killed(folder: Path) -> Story:
-    """SIGTERM after step 10 or so; on again, rank 1 killed after step 20; on again, to the end."""
-    first = train(folder, gate=10)
+    """SIGTERM after step 10 or so; on again, rank 1 killed after step 20; on again, to the end. Saves in the
+    background."""
+    background = "checkpoint.background=true"
+    first = train(folder, background, gate=10)
     first.reached()
     first.process.send_signal(signal.SIGTERM)
     first.told("SIGTERM")
     first.open_gate()
     ends = [ended(first)]
-    second = train(folder, "run.resume=auto", gate=24)
+    second = train(folder, background, "run.resume=auto", gate=24)
     second.reached()
     os.kill(second.pid_of(1), signal.SIGKILL)
     second.open_gate()
     ends.append(ended(second))
-    return Story(folder, [*ends, ended(train(folder, "run.resume=auto"))])
+    return Story(folder, [*ends, ended(train(folder, background, "run.resume=auto"))])
 
 
 def interrupted(folder: Path) -> Story:
