@@ -174,6 +174,7 @@ def train(here: Here, config: RunConfig, fault: str | None = None, at: int = 0) 
             if fault == "no room":
                 assert self.saving is not None and self.saving._ended.wait(PATIENCE_S)
         if now[0] == 4 and fault is not None:
+            assert self.saving is None or self.saving._ended.wait(PATIENCE_S), "that of step 3"
             opened.clear()
         return step(self, loader)
 
