@@ -1,4 +1,4 @@
-"""Our own engine: dense weights replicated, experts sharded, gradients summed once per optimizer step."""
+"""Our own engine: experts sharded, dense weights whole on every rank or, with ``mesh.fsdp``, cut as well."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from moedist.engine.contract import EngineConfig, TrainingStep
 from moedist.mesh import Mesh
-from moedist.parallel.gradients import GradientTable
+from moedist.parallel import GradientTable, sum_replicas
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeConfig(EngineConfig):
-    """Plain torch; every replica holds all dense weights and their optimizer state."""
+    """Plain torch; how weights lie is the mesh's."""
 
     def build(
         self,
@@ -32,7 +32,10 @@ class NativeConfig(EngineConfig):
 
 
 class NativeEngine:
-    """See `moedist.engine.contract.Engine`; ranks meet in `step` only."""
+    """See `moedist.engine.contract.Engine`.
+
+    Where dense weights are whole, ranks meet for their gradients in `step`; where FSDP cuts them, in backward.
+    """
 
     def __init__(
         self,
@@ -42,10 +45,13 @@ class NativeEngine:
         clip_norm: float | None,
     ):
         self.model, self.optimizer, self.gradients, self.clip_norm = model, optimizer, gradients, clip_norm
+        # By the parameters that the optimizer knows; a module may show a gathered one in their place.
+        self.name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradient of this rank's share; ranks meet in `step`."""
+        """Adds the gradient of this rank's share."""
+        sum_replicas(self.model, now=last)
         loss.backward()
 
     def step(self) -> float:
@@ -72,8 +78,7 @@ class NativeEngine:
         """``model.<parameter>`` and ``optimizer.<parameter>.<moment>``."""
         if not self.optimizer.state:
             self._make_optimizer_state()
-        name_of: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        moments = {name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
+        moments = {self.name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
         return {"model": self.model.state_dict(), "optimizer": moments}
 
     def restore(self, state: dict[str, Any], num_steps: int) -> None:

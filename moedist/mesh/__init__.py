@@ -5,6 +5,6 @@ the same code runs with and without a process group.
 """
 
 from moedist.mesh.axis import Axis
-from moedist.mesh.mesh import Mesh, MeshConfig, close_mesh, join_mesh
+from moedist.mesh.mesh import FullyShard, Mesh, MeshConfig, close_mesh, join_mesh
 
-__all__ = ["Axis", "Mesh", "MeshConfig", "close_mesh", "join_mesh"]
+__all__ = ["Axis", "FullyShard", "Mesh", "MeshConfig", "close_mesh", "join_mesh"]

@@ -18,8 +18,9 @@ class Axis:
     a group kept alive by a graph aborts the process at exit.
 
     Attributes:
-        name: ``dp`` (data parallel: all ranks that hold a copy of the dense weights), ``ep`` (expert parallel) or
-            ``edp`` (expert data parallel: the ranks that hold the same experts).
+        name: ``dp`` (data parallel: all ranks that hold a copy of the dense weights), ``ep`` (expert parallel),
+            ``edp`` (expert data parallel: the ranks that hold the same experts), and where weights are cut ``fsdp``
+            (the ranks among which the model lies once) and ``replicate`` (the ranks that hold the same pieces).
         size: number of ranks on the line.
         rank: this rank's place on the line, 0 to ``size - 1``.
         group_name: name of the process group; None for a process on its own.

@@ -21,18 +21,29 @@ class MeshConfig(Config):
 
     Attributes:
         ep: expert-parallel size: each expert layer's experts are sharded over this many ranks.
+        fsdp: None: every rank holds all dense weights. n: weights, gradients and optimizer state are cut over n ranks
+            (dense ones over the n, an expert's over the ``n / ep`` of them that hold it), and the ``world / n`` groups
+            of n ranks are replicas of each other. 1 cuts nothing, but runs the same code.
         device: ``cpu`` (gloo), ``cuda`` (NCCL) or ``auto``: CUDA where there is a device for every local rank.
         timeout_s: seconds that a collective may wait for a missing rank before the run ends.
         save_timeout_s: the same while a checkpoint is written or read.
     """
 
     ep: int = 1
+    fsdp: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: float = 120.0
     save_timeout_s: float = 900.0
 
     def __post_init__(self) -> None:
         require(self.ep >= 1, "ep", self.ep, "is not a number of ranks", "Set it to 1 or more.")
+        require(
+            self.fsdp is None or (self.fsdp >= 1 and self.fsdp % self.ep == 0),
+            "fsdp",
+            self.fsdp,
+            f"is no multiple of mesh.ep = {self.ep}: an expert's weights are cut over the fsdp / ep ranks that hold it",
+            f"Set mesh.fsdp to {self.ep} or a multiple of it, or to null for whole dense weights on every rank.",
+        )
         for key in ("timeout_s", "save_timeout_s"):
             value = getattr(self, key)
             require(value > 0, key, value, "is not a duration", "Set it to a positive number of seconds.")
@@ -40,13 +51,55 @@ class MeshConfig(Config):
     def check_world(self, world_size: int) -> None:
         """Raises `ConfigError` unless ``world_size`` ranks can be laid out so."""
         sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
-        choices = ", ".join(map(str, sizes[:-1])) + f" or {sizes[-1]}" if len(sizes) > 1 else "1"
         require(
             world_size % self.ep == 0,
             "ep",
             self.ep,
             f"does not divide the {world_size} ranks launched",
-            f"Set mesh.ep to {choices}, or launch a multiple of {self.ep} (launch.nproc x launch.nnodes).",
+            f"Set mesh.ep to {one_of(sizes)}, or launch a multiple of {self.ep} (launch.nproc x launch.nnodes).",
+        )
+        sizes = [size for size in sizes if size % self.ep == 0]
+        require(
+            self.fsdp is None or world_size % self.fsdp == 0,
+            "fsdp",
+            self.fsdp,
+            f"does not divide the {world_size} ranks launched",
+            f"Set mesh.fsdp to {one_of(sizes)} or to null, or launch a multiple of {self.fsdp} ranks.",
+        )
+
+
+def one_of(sizes: list[int]) -> str:
+    """``1, 2 or 4``."""
+    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
+
+
+@dataclasses.dataclass(frozen=True)
+class FullyShard:
+    """Where the pieces of fully sharded weights lie.
+
+    Attributes:
+        pieces: the n ranks among which every weight of the model lies once (``fsdp`` = ``shard`` x ``ep``).
+        copies: the ranks that hold the same pieces (``replicate``).
+        dense: over which dense weights are cut: [fsdp], or [replicate, fsdp] where there are replicas.
+        experts: over which an expert's weights are cut: [shard], or [replicate, shard].
+    """
+
+    pieces: Axis
+    copies: Axis
+    dense: DeviceMesh
+    experts: DeviceMesh
+
+    @classmethod
+    def of(cls, device_mesh: DeviceMesh) -> FullyShard:
+        """Of a mesh with the axes ``replicate``, ``shard`` and ``ep``."""
+        replicate, shard = device_mesh["replicate"], device_mesh["shard"]
+        fsdp = device_mesh["shard", "ep"]._flatten("fsdp")
+        alone = replicate.size() == 1
+        return cls(
+            pieces=Axis.of(fsdp, "fsdp"),
+            copies=Axis.of(replicate, "replicate"),
+            dense=fsdp if alone else DeviceMesh._concatenate([replicate, fsdp]),
+            experts=shard if alone else device_mesh["replicate", "shard"],
         )
 
 
@@ -54,9 +107,13 @@ class MeshConfig(Config):
 class Mesh:
     """This rank's place in the run.
 
-    The ranks form a grid [expert data parallel, expert parallel]. Expert-parallel ranks are data-parallel ranks for
-    the dense weights, so ``dp`` runs over the whole grid; ``edp`` has ``world / ep`` ranks, which hold the same
-    experts. Tensor, pipeline and context axes will be further dims of the same `DeviceMesh`.
+    The ranks form a grid [replicate, shard, expert parallel], neighbours along the last. Expert-parallel ranks are
+    data-parallel ranks for the dense weights, so ``dp`` runs over the whole grid; ``edp`` (``replicate`` x ``shard``)
+    has ``world / ep`` ranks, which hold the same experts or pieces of them. Tensor, pipeline and context axes will be
+    further dims of the same `DeviceMesh`.
+
+    Attributes:
+        fsdp: where the pieces lie; None where every rank holds all dense weights, and its experts, whole.
     """
 
     device: torch.device
@@ -64,6 +121,7 @@ class Mesh:
     ep: Axis
     edp: Axis
     device_mesh: DeviceMesh | None = None
+    fsdp: FullyShard | None = None
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> Mesh:
@@ -71,16 +129,29 @@ class Mesh:
         return cls(torch.device(device), Axis("dp"), Axis("ep"), Axis("edp"))
 
     @classmethod
-    def of(cls, device_mesh: DeviceMesh, device: torch.device) -> Mesh:
-        """Adopts a mesh with the axes ``edp`` and ``ep``, whoever made it."""
-        dp = device_mesh["edp", "ep"]._flatten("dp")
+    def of(cls, device_mesh: DeviceMesh, device: torch.device, *, fully_shard: bool = False) -> Mesh:
+        """Adopts a mesh with the axes ``replicate``, ``shard`` and ``ep``, whoever made it; it may have others.
+
+        Args:
+            device_mesh: without sharding, ``edp`` in place of ``replicate`` and ``shard`` will do.
+            device: of this rank.
+            fully_shard: whether weights are cut over ``shard`` and ``ep``.
+        """
+        names = device_mesh.mesh_dim_names or ()
+        over_edp = ("edp",) if "edp" in names else ("replicate", "shard")
+        edp = device_mesh["edp"] if "edp" in names else device_mesh[over_edp]._flatten("edp")
         return cls(
             device=device,
-            dp=Axis.of(dp, "dp"),
+            dp=Axis.of(device_mesh[(*over_edp, "ep")]._flatten("dp"), "dp"),
             ep=Axis.of(device_mesh["ep"], "ep"),
-            edp=Axis.of(device_mesh["edp"], "edp"),
+            edp=Axis.of(edp, "edp"),
             device_mesh=device_mesh,
+            fsdp=FullyShard.of(device_mesh) if fully_shard else None,
         )
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Every line of ranks that this rank is on."""
+        return self.dp, self.ep, self.edp, *((self.fsdp.pieces, self.fsdp.copies) if self.fsdp is not None else ())
 
 
 def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -104,16 +175,26 @@ def join_mesh(config: MeshConfig) -> Mesh:
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    return grid(dist.get_world_size(), config.ep, device, timeout)
+    return grid(dist.get_world_size(), config.ep, device, timeout, fsdp=config.fsdp)
 
 
-def grid(world_size: int, ep: int, device: torch.device, timeout: datetime.timedelta | None = None) -> Mesh:
-    """The mesh [world / ep, ep] over the ranks of the default process group."""
-    device_mesh = init_device_mesh(device.type, (world_size // ep, ep), mesh_dim_names=("edp", "ep"))
-    mesh = Mesh.of(device_mesh, device)
+def grid(
+    world_size: int,
+    ep: int,
+    device: torch.device,
+    timeout: datetime.timedelta | None = None,
+    *,
+    fsdp: int | None = None,
+) -> Mesh:
+    """The mesh [replicate, shard, ep] over the ranks of the default process group; ``fsdp`` as `MeshConfig` has it."""
+    shard = 1 if fsdp is None else fsdp // ep
+    device_mesh = init_device_mesh(
+        device.type, (world_size // (shard * ep), shard, ep), mesh_dim_names=("replicate", "shard", "ep")
+    )
+    mesh = Mesh.of(device_mesh, device, fully_shard=fsdp is not None)
     if timeout is not None:  # sub-groups don't inherit the default group's time-out
-        for axis in (mesh.dp, mesh.ep, mesh.edp):
-            dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
+        for group in (*(axis.group for axis in mesh.axes()), *device_mesh.get_all_groups()):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
     return mesh
 
 

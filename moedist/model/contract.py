@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -60,6 +61,11 @@ class LanguageModel(nn.Module):
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:
         """Runs one micro-batch of one rank."""
         raise NotImplementedError
+
+    def units(self) -> Sequence[nn.Module]:
+        """Parts that run one after the other and share no parameter, so that the whole weights of one at a time will
+        do; what lies in none of them is needed throughout."""
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)

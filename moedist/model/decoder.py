@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -159,6 +160,10 @@ class Decoder(LanguageModel):
         x_BSD = self.norm(x_BSD)
         logits_BSV = self.embedding.as_head(x_BSD) if self.head is None else self.head(x_BSD)
         return ModelOutput(logits_BSV, tuple(reports))
+
+    def units(self) -> Sequence[nn.Module]:
+        """The blocks, and the embedding unless it is the head as well."""
+        return [*self.blocks] if self.head is None else [self.embedding, *self.blocks]
 
 
 def _token_context(batch: TokenBatch, context: StepContext) -> TokenContext:

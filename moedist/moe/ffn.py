@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.moe.experts.contract import Experts, ExpertsConfig
-from moedist.moe.init import Draw
+from moedist.moe.init import Draw, piece_of
 
 Activation = Literal["swiglu", "gelu", "relu"]
 
@@ -119,14 +119,18 @@ class StackedFFN(Experts):
         std = math.sqrt(2 / (self.dim + self.hidden_dim))
         with torch.no_grad():
             for name in self.NAMES:
-                weight = self.weight(name)
-                if weight is None:
+                if getattr(self, name) is None:
                     continue
-                for row, expert in zip(weight, self.expert_ids, strict=True):
+                rows, (row_of_expert, *place) = piece_of(getattr(self, name))
+                first = row_of_expert.start or 0
+                for index, row in enumerate(rows, first):
                     if name.endswith("bias"):
                         row.zero_()
-                    else:
-                        row.copy_(torch.empty(row.shape).normal_(0, std, generator=draw(f"expert.{expert}.{name}")))
+                        continue
+                    # A DTensor's rows count through the slots of all ranks, of which this rank's are expert_ids.
+                    expert = self.expert_ids[index % len(self.expert_ids)]
+                    whole = torch.empty(getattr(self, name).shape[1:])
+                    row.copy_(whole.normal_(0, std, generator=draw(f"expert.{expert}.{name}"))[tuple(place)])
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

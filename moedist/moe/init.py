@@ -1,5 +1,8 @@
 """How every parameter gets its first value: drawn by the parameter's name, on the CPU, in fp32.
 
+The whole of a parameter (of stacked experts: of one expert) is drawn at a time and a rank keeps its piece of it, so the
+host holds no more than the largest of them beside the model.
+
 So the first value depends on the seed and the name alone: not on the order of building, the device, the dtype, or the
 ranks that hold the parameter. An expert's name holds its global id.
 """
@@ -11,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Draw = Callable[[str], torch.Generator]
 """Gives a module the generator of a name relative to it: ``draw("weight")``, ``draw("expert.17.up")``."""
@@ -45,8 +50,23 @@ def _fill(parameter: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
     assert not parameter.is_meta, "a meta tensor has no storage to fill: call to_empty(device=...) first"
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     fill(drawn)
+    fill_whole(parameter, drawn)
+
+
+def fill_whole(parameter: Tensor, whole: Tensor) -> None:
+    """Fills ``parameter`` in place from the value of the whole, of which it may be a piece (a DTensor)."""
+    local, place = piece_of(parameter)
     with torch.no_grad():
-        parameter.copy_(drawn)
+        local.copy_(whole[place])
+
+
+def piece_of(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The values that this rank holds, and where in the whole they lie."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (slice(None),) * parameter.dim()
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    place = tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
+    return parameter.to_local(), place
 
 
 def below(draw: Draw, child: str) -> Draw:
@@ -62,5 +82,4 @@ def fill_normal(parameter: Tensor, generator: torch.Generator, std: float) -> No
     assert not parameter.is_meta, "a meta tensor has no storage to fill: call to_empty(device=...) first"
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
-    with torch.no_grad():
-        parameter.copy_(drawn)
+    fill_whole(parameter, drawn)

@@ -32,24 +32,32 @@ class ParameterSpread:
         role: for its learning rate.
         copies: the ranks that hold the same piece; its gradient is the sum over them.
         pieces: the ranks that hold the other pieces; the norm adds over them. None for a parameter held whole.
+        summed_in_backward: whether backward itself sums over the copies (FSDP does).
     """
 
     role: Role
     copies: Axis
     pieces: Axis | None
+    summed_in_backward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientTable:
-    """Parameter name -> how it lies, for every trainable parameter of a model."""
+    """How every trainable parameter of a model lies.
+
+    Attributes:
+        spread_of: by name.
+        device: where collectives run; gradients may lie on the host.
+    """
 
     spread_of: dict[str, ParameterSpread]
+    device: torch.device
 
     def sum_copies(self, model: nn.Module) -> None:
-        """Sums every gradient over the ranks that hold a copy; in place."""
+        """Sums every gradient that backward has not summed over the ranks that hold a copy; in place."""
         by_axis: dict[tuple[Axis, torch.dtype], list[Tensor]] = {}
         for spread, grad in self._gradients(model):
-            if spread.copies.size > 1:
+            if spread.copies.size > 1 and not spread.summed_in_backward:
                 by_axis.setdefault((spread.copies, grad.dtype), []).append(grad)
         for (axis, _), grads in by_axis.items():
             for bucket in _buckets(grads):
@@ -65,7 +73,7 @@ class GradientTable:
             squares.setdefault(spread.pieces, []).append(grad)
         total: Tensor | None = None
         for axis, grads in squares.items():
-            square = torch.stack(torch._foreach_norm(grads)).square().sum()
+            square = torch.stack(torch._foreach_norm(grads)).square().sum().to(self.device)
             if axis is not None:
                 square = all_sum(square, axis)
             total = square if total is None else total + square

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
@@ -11,36 +12,48 @@ from torch.utils.checkpoint import checkpoint
 from moedist.mesh import Mesh
 from moedist.moe.layer import MoELayer
 from moedist.moe.placement import Placement
-from moedist.parallel.gradients import GradientTable, ParameterSpread
+from moedist.parallel.fully_shard import shard_weights
+from moedist.parallel.gradients import GradientTable, ParameterSpread, Role
 
 
-def spread(model: nn.Module, mesh: Mesh) -> GradientTable:
-    """Shards the experts of every MoE layer over ``mesh.ep``, in place; dense weights stay whole on every rank.
+def spread(
+    model: nn.Module, mesh: Mesh, *, compute_dtype: torch.dtype | None = None, offload: bool = False
+) -> GradientTable:
+    """Shards the experts of every MoE layer over ``mesh.ep``, in place, and where ``mesh.fsdp`` says so every weight.
 
     The experts' weights become DTensors cut along their first dim, so that a checkpoint knows them by global id;
     compute sees this rank's part. Works on the meta device: spread first, give storage and values afterwards.
 
+    Args:
+        model: whole, on one device or meta.
+        mesh: the ranks.
+        compute_dtype, offload: with ``mesh.fsdp``, see `moedist.parallel.fully_shard.shard_weights`.
+
     Raises:
         ConfigError: a layer cannot be spread over this many ranks.
     """
-    experts: set[nn.Parameter] = set()
-    routers: set[nn.Parameter] = set()
+    role_of: dict[nn.Parameter, Role] = {}
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
         layer.config.check_spread(mesh.ep.size)
         layer.spread(Placement.in_order(layer.config.num_experts, mesh.ep.size), mesh.ep, mesh.dp)
         _shard(layer.bank.experts, mesh)
-        experts.update(layer.bank.experts.parameters())
-        routers.update(layer.router.parameters())
+        role_of |= dict.fromkeys(layer.bank.experts.parameters(), "experts")
+        role_of |= dict.fromkeys(layer.router.parameters(), "router")
+    roles = {n: role_of.get(p, "other") for n, p in model.named_parameters() if p.requires_grad}
+    uncut = None
+    if mesh.fsdp is not None:
+        uncut = shard_weights(model, mesh.fsdp, compute_dtype=compute_dtype, offload=offload)
 
-    def of(parameter: nn.Parameter) -> ParameterSpread:
-        if parameter in experts:
-            return ParameterSpread("experts", copies=mesh.edp, pieces=mesh.ep)
-        return ParameterSpread("router" if parameter in routers else "other", copies=mesh.dp, pieces=None)
+    def of(name: str, role: Role) -> ParameterSpread:
+        if mesh.fsdp is not None and uncut is not None and name not in uncut:
+            return ParameterSpread(role, copies=mesh.fsdp.copies, pieces=mesh.fsdp.pieces, summed_in_backward=True)
+        if role == "experts":
+            return ParameterSpread(role, copies=mesh.edp, pieces=mesh.ep)
+        return ParameterSpread(role, copies=mesh.dp, pieces=None)
 
-    trainable = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return GradientTable({name: of(parameter) for name, parameter in trainable})
+    return GradientTable({name: of(name, role) for name, role in roles.items()}, mesh.device)
 
 
 def _shard(experts: nn.Module, mesh: Mesh) -> None:

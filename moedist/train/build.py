@@ -48,7 +48,7 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     model = config.model.build(vocab_size, config.moe, device="meta", dtype=PARAMETER_DTYPES[config.train.precision])
     size = model_size(model)
     flops_per_token = train_flops_per_token(model, config.train.sequence_length)
-    gradients = spread(model, mesh)
+    gradients = spread(model, mesh, compute_dtype=torch.bfloat16 if config.train.precision == "bf16" else None)
     if mesh.device.type != "meta":
         model.to_empty(device=mesh.device)
         init_weights(model, config.seed)
@@ -65,5 +65,6 @@ def build_engine(config: RunConfig, spread: SpreadModel, mesh: Mesh) -> Engine:
 
 
 def autocast(config: RunConfig, mesh: Mesh) -> torch.autocast:
-    """The context of every forward pass."""
-    return torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    """The context of every forward pass. Weights that are gathered in bf16 already need no casts."""
+    narrow = config.train.precision == "bf16" and mesh.fsdp is None
+    return torch.autocast(mesh.device.type, torch.bfloat16, enabled=narrow)

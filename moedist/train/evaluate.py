@@ -13,6 +13,7 @@ from moedist.mesh import Mesh
 from moedist.mesh.collectives import all_sum
 from moedist.model.contract import LanguageModel, StepContext
 from moedist.model.loss import token_loss
+from moedist.parallel import release
 from moedist.train.build import autocast
 from moedist.train.config import RunConfig
 
@@ -53,6 +54,7 @@ def evaluate(
                 with autocast(config, mesh):
                     output = model(batch, context)
                 total += torch.stack([token_loss(output, batch.target_BS).double(), batch.num_targets().double()])
+    release(model)
     model.train(was_training)
     loss, count = all_sum(total, mesh.dp).tolist()
     return loss / max(count, 1.0)

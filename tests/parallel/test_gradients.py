@@ -12,13 +12,19 @@ from moedist.mesh import Axis, Mesh
 from moedist.mesh.collectives import all_gather, all_sum
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
+from moedist.moe.experts.loop import LoopConfig
+from moedist.moe.init import fill_whole
 from moedist.moe.layer import MoEConfig
 from moedist.parallel import gradients as module
 from moedist.parallel import spread
 from tests.ranks import Here
 
-DIM = 6
-CONFIG = MoEConfig(num_experts=4, capacity=CapacityConfig(factor=1.0), shared_hidden_dim=5)
+# No width that 2 or 4 divides: pieces of unlike sizes where weights are cut.
+DIM = 7
+CONFIG = MoEConfig(
+    num_experts=4, capacity=CapacityConfig(factor=1.0), experts=LoopConfig(hidden_dim=9), shared_hidden_dim=5
+)
+LAYOUTS = [(1, None), (2, None), (4, None), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4)]
 
 
 def local(value):
@@ -30,27 +36,31 @@ def layer_and_table(mesh: Mesh):
     return layer, spread(layer, mesh)
 
 
-def known_norm(here: Here, ep: int, idle: bool) -> list[float]:
+def known_norm(here: Here, ep: int, fsdp: int | None, idle: bool) -> list[float]:
     """Norms of a replicated gradient of 2.0 and an expert's of 4.0, before and after a scale by 0.5."""
-    layer, table = layer_and_table(here.mesh_of(ep))
+    layer, table = layer_and_table(here.mesh_of(ep, fsdp))
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    layer.router.weight.grad[0, 0] = 2.0
+
+    def put(parameter: torch.Tensor, place: tuple[int, ...], value: float) -> None:
+        whole = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        whole[place] = value
+        fill_whole(parameter.grad, whole)
+
+    put(layer.router.weight, (0, 0), 2.0)
     if not idle:
-        for index, expert in enumerate(layer.bank.experts.expert_ids):
-            if expert == 3:
-                local(layer.bank.experts.up.grad)[index, 1, 1] = 4.0
+        put(layer.bank.experts.up, (3, 1, 1), 4.0)
     first = table.norm(layer).item()
     table.scale(layer, 0.5)
     return [first, table.norm(layer).item()]
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_norm_of_known_gradients(ranks, ep):
+@pytest.mark.parametrize(("ep", "fsdp"), LAYOUTS)
+def test_norm_of_known_gradients(ranks, ep, fsdp):
     """G07, gate P8: on every rank, at every layout, also where a rank's experts had no tokens."""
-    for norm, halved in ranks(4).run(known_norm, ep, False):
+    for norm, halved in ranks(4).run(known_norm, ep, fsdp, False):
         assert norm == pytest.approx(4.47213595, abs=1e-8) and halved == pytest.approx(norm / 2, abs=1e-12)
-    for norm, _ in ranks(4).run(known_norm, ep, True):
+    for norm, _ in ranks(4).run(known_norm, ep, fsdp, True):
         assert norm == 2.0
 
 
@@ -80,9 +90,9 @@ def test_sums_over_copies_without_a_divisor(ranks, ep, bucket_bytes):
     assert ranks(4).run(summed, ep, bucket_bytes) == [[]] * 4
 
 
-def trained(here: Here, ep: int) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
+def trained(here: Here, ep: int, fsdp: int | None) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
     """Three clipped steps of plain SGD: norms, whole parameters, and names of those that differ between replicas."""
-    mesh = here.mesh_of(ep)
+    mesh = here.mesh_of(ep, fsdp)
     layer, table = layer_and_table(mesh)
     training_step = TrainingStep(micro_batch=1, accumulation=1, precision="fp64", clip_norm=0.05)
     engine = NativeConfig().build(layer, mesh, torch.optim.SGD(layer.parameters(), lr=0.5), table, training_step)
@@ -110,15 +120,15 @@ def trained(here: Here, ep: int) -> tuple[list[float], dict[str, torch.Tensor], 
 
 def test_replicas_stay_bit_equal_and_norms_agree(ranks):
     """Pitfalls 1, 2, 3 and 6: after clipped steps all replicas are bit-equal, and the model is that of EP = 1."""
-    results = {ep: ranks(4).run(trained, ep) for ep in (1, 2, 4)}
-    reference_norms, reference, _ = results[1][0]
+    results = {layout: ranks(4).run(trained, *layout) for layout in LAYOUTS}
+    reference_norms, reference, _ = results[1, None][0]
     start = dict(CONFIG.build(DIM, dtype=torch.float64).named_parameters())
     assert all(norm > 0.05 for norm in reference_norms), "the clip must act"
     assert all(not torch.equal(start[name], value) for name, value in reference.items()), "every parameter must move"
-    for ep in results:
-        for norms, whole, apart in results[ep]:
+    for of_ranks in results.values():
+        for norms, whole, apart in of_ranks:
             assert apart == []
-            assert norms == results[ep][0][0], "the same number on every rank"
+            assert norms == of_ranks[0][0], "the same number on every rank"
             assert norms == pytest.approx(reference_norms, rel=1e-13)
             for name, value in whole.items():
                 torch.testing.assert_close(value, reference[name], atol=1e-13, rtol=0)
