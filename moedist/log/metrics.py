@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from moedist.log.sink.contract import Value
+from moedist.moe.plan import DROP_REASONS
 
 ASKED, KEPT, DROPPED = 0, 1, 2
+"""Rows of ``count_LME``; behind ``DROPPED`` stands one row for each of the `DROP_REASONS`."""
 Z_LOSS = "z_loss"
 
 
@@ -27,8 +29,8 @@ class MoEStep:
         loss_names: the J names of ``loss_LJ``; ``z_loss`` is the router's z-loss, the others are balance losses.
         loss_LJ: unscaled losses.
         entropy_L: router entropy, mean over tokens of H(p) / ln E.
-        count_LME: int64 pairs per expert by global id; M = 3: asked before the limit, computed after it, and asked but
-            computed by none.
+        count_LME: int64 pairs per expert by global id; M = 5: asked before the limit, computed after it, and asked but
+            computed by none, by each of the `DROP_REASONS`.
         last_seen_LE: int64, the last step at which a pair asked for the expert; 0 for never (`see_experts`).
     """
 
@@ -87,7 +89,8 @@ def train_metrics(
 def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
     """The ``moe/`` part of a record; ``moe/layer_NN`` counts all blocks of the model, so dense blocks leave gaps.
 
-    A loss that no layer has gets no key; one that is not on in every layer is the mean over all MoE layers.
+    A loss that no layer has gets no key; one that is not on in every layer is the mean over all MoE layers. A layer's
+    list of pairs dropped for one reason is left out where there are none.
     """
     asked_LE, kept_LE = moe.count_LME[:, ASKED].double(), moe.count_LME[:, KEPT].double()
     averaged = {**_losses(moe), "router_entropy": moe.entropy_L.double()}
@@ -103,6 +106,8 @@ def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
         "dead_experts": per_layer["dead_experts"].sum(),
     }
     record: dict[str, Value] = {f"moe/{name}": value.item() for name, value in totals.items()}
+    dropped_M = moe.count_LME[:, DROPPED:].sum((0, 2)).tolist()
+    record |= {f"moe/dropped_{reason}": dropped for reason, dropped in zip(DROP_REASONS, dropped_M, strict=True)}
     columns = {name: value_L.tolist() for name, value_L in per_layer.items()}
     counts_LME = moe.count_LME.tolist()
     for layer, block in enumerate(moe.blocks):
@@ -110,7 +115,9 @@ def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
         record |= {f"{prefix}/{name}": column[layer] for name, column in columns.items()}
         record[f"{prefix}/load"] = counts_LME[layer][ASKED]
         record[f"{prefix}/kept"] = counts_LME[layer][KEPT]
-        record[f"{prefix}/dropped"] = counts_LME[layer][DROPPED]
+        by_reason = dict(zip(DROP_REASONS, counts_LME[layer][DROPPED:], strict=True))
+        record[f"{prefix}/dropped"] = [sum(dropped) for dropped in zip(*by_reason.values(), strict=True)]
+        record |= {f"{prefix}/dropped_{reason}": dropped_E for reason, dropped_E in by_reason.items() if any(dropped_E)}
     return record
 
 

@@ -178,7 +178,7 @@ class MoELayer(nn.Module):
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
-                dropped_E=plan.dropped_E,
+                dropped_ME=plan.dropped_ME,
             )
 
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:

@@ -16,6 +16,19 @@ from moedist.moe.context import TokenContext
 from moedist.moe.noise import RANDOM_DROP, draw_uniform
 from moedist.moe.router.contract import Routing
 
+DROP_REASONS = ("full", "exhausted", "barred")
+"""Why a pair is computed by no expert; each dropped pair has one reason.
+
+- ``full``: its expert was full, and ``overflow: drop`` tries no other. The only reason in that mode.
+- ``exhausted``: under ``overflow: next_best``, every expert is full in its capacity group: the limit is too low.
+- ``barred``: under ``overflow: next_best``, the experts that still have room are not for this token, because they
+  compute it already or lie outside of its group limit.
+
+Padding, and pairs that a router holds for the shape's sake only (`Routing.live_N`), were never asked and are no drops;
+nor is a token that no expert chose under expert choice.
+"""
+FULL, EXHAUSTED, BARRED = range(3)
+
 
 @dataclasses.dataclass(frozen=True)
 class CapacityPlan:
@@ -28,8 +41,9 @@ class CapacityPlan:
         slot_N: int64, the pair's place among its expert's kept pairs, dense from 0; -1 for a pair that does not stay.
         asked_E: int64 pairs that proposed each expert, before any limit; padding not counted.
         kept_E: int64 pairs that each expert computes.
-        dropped_E: int64 pairs that proposed each expert and are computed by none. (What was proposed and is computed
-            elsewhere is the rest: ``asked - dropped`` summed over experts is ``kept`` summed.)
+        dropped_ME: int64 pairs that proposed each expert and are computed by none, by reason: M = 3, in the order of
+            `DROP_REASONS`. (What was proposed and is computed elsewhere is the rest: ``asked - dropped`` summed over
+            experts is ``kept`` summed.)
         capacity: upper bound of ``kept_E`` known from the shapes; None where nothing limits it but the token count.
         pairs_per_token: K where pair ``t * K + k`` is token t's choice k, else None.
     """
@@ -40,7 +54,7 @@ class CapacityPlan:
     slot_N: Tensor
     asked_E: Tensor
     kept_E: Tensor
-    dropped_E: Tensor
+    dropped_ME: Tensor
     capacity: int | None
     pairs_per_token: int | None
 
@@ -56,11 +70,12 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """Where pairs stand: expert, place within (group, expert), and whether they stay."""
+    """Where pairs stand: expert, place within (group, expert), whether they stay, and why not where they don't."""
 
     expert_N: Tensor
     place_N: Tensor
     kept_N: Tensor
+    reason_N: Tensor
 
 
 def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *, layer: int = 0) -> CapacityPlan:
@@ -74,8 +89,8 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
 
     if limit is None:
         place_N = place_in_bucket(bucket_of(routing.expert_N, valid_N, groups, num_experts), num_experts + 1, None)
-        placed, capacity, gate_N = Placed(routing.expert_N, place_N, valid_N), routing.capacity, routing.gate_N
-        gate_N = torch.where(valid_N, gate_N, 0)
+        placed = Placed(routing.expert_N, place_N, valid_N, reason_N=torch.zeros_like(place_N))  # there are no drops
+        capacity, gate_N = routing.capacity, torch.where(valid_N, routing.gate_N, 0)
     else:
         assert routing.pairs_per_token is not None, "a capacity limit needs a fixed number of pairs per token"
         limit_G = limit.of_counts(groups.tokens_G, routing.pairs_per_token, num_experts, ctx.step)
@@ -83,8 +98,7 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
         capacity = largest_capacity(limit, groups.num, num_tokens, routing.pairs_per_token, num_experts)
         gate_N = surviving_gates(routing, placed, valid_N, config.renormalize_after_drop)
 
-    kept_GE = count(bucket_of(placed.expert_N, placed.kept_N, groups, num_experts), groups.num * num_experts + 1)
-    kept_GE = kept_GE[:-1].view(groups.num, num_experts)
+    kept_GE = count_held(placed, groups, num_experts)
     # An expert's slots run through the groups one after the other.
     first_slot_GE = kept_GE.cumsum(0) - kept_GE
     slot_N = placed.place_N + first_slot_GE.view(-1)[groups.group_N * num_experts + placed.expert_N]
@@ -95,7 +109,11 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
         slot_N=torch.where(placed.kept_N, slot_N, -1),
         asked_E=count(routing.expert_N, num_experts, valid_N),
         kept_E=kept_GE.sum(0),
-        dropped_E=count(routing.expert_N, num_experts, valid_N & ~placed.kept_N),
+        dropped_ME=count(
+            placed.reason_N * num_experts + routing.expert_N,
+            len(DROP_REASONS) * num_experts,
+            valid_N & ~placed.kept_N,
+        ).view(-1, num_experts),
         capacity=capacity,
         pairs_per_token=routing.pairs_per_token,
     )
@@ -129,7 +147,8 @@ def place_pairs(
     ask_N = order_key(routing, routing.expert_N, ctx, config.drop_policy, layer)
     bucket_N = bucket_of(routing.expert_N, valid_N, groups, num_experts)
     place_N = place_in_bucket(bucket_N, num_buckets, ask_N)
-    placed = Placed(routing.expert_N, place_N, valid_N & (place_N < limit_G[groups.group_N]))
+    fits_N = place_N < limit_G[groups.group_N]
+    placed = Placed(routing.expert_N, place_N, valid_N & fits_N, torch.full_like(place_N, FULL))
     if config.overflow == "drop":
         return placed
 
@@ -138,11 +157,10 @@ def place_pairs(
     score_TE = routing.score_TE.detach()
     tried_TE = torch.zeros_like(score_TE, dtype=torch.bool) if routing.allowed_TE is None else ~routing.allowed_TE
     tried_TE[routing.token_N, routing.expert_N] = True
-    limit_GE = limit_G[:, None].expand(-1, num_experts)
     group_T = groups.group_N.view(num_tokens, top_k)[:, 0]
     for _ in range(num_experts - top_k):
-        held_GE = count(bucket_of(placed.expert_N, placed.kept_N, groups, num_experts), num_buckets)[:-1]
-        room_GE = limit_GE - held_GE.view(groups.num, num_experts)
+        held_GE = count_held(placed, groups, num_experts)
+        room_GE = limit_G[:, None] - held_GE
         open_TE = ~tried_TE & (room_GE > 0)[group_T]
         # A token's homeless pairs ask its open experts from the best down, one each.
         best_TE = score_TE.masked_fill(~open_TE, -torch.inf).sort(dim=1, descending=True, stable=True).indices
@@ -155,13 +173,23 @@ def place_pairs(
         ask_N = order_key(routing, wanted_N, ctx, config.drop_policy, layer)
         place_N = place_in_bucket(bucket_N, num_buckets, ask_N)
         gets_N = asks_N & (place_N < room_GE[groups.group_N, wanted_N])
-        held_N = held_GE[groups.group_N * num_experts + wanted_N]
+        held_N = held_GE[groups.group_N, wanted_N]
         placed = Placed(
             torch.where(gets_N, wanted_N, placed.expert_N),
             torch.where(gets_N, held_N + place_N, placed.place_N),
             placed.kept_N | gets_N,
+            placed.reason_N,
         )
-    return placed
+    # Every token has asked all that it may ask: what has room now is barred to it.
+    has_room_G = (count_held(placed, groups, num_experts) < limit_G[:, None]).any(1)
+    reason_N = torch.where(has_room_G[groups.group_N], BARRED, EXHAUSTED)
+    return dataclasses.replace(placed, reason_N=reason_N)
+
+
+def count_held(placed: Placed, groups: Groups, num_experts: int) -> Tensor:
+    """int64 [G, E]: pairs that stay at each expert, by capacity group."""
+    held = count(bucket_of(placed.expert_N, placed.kept_N, groups, num_experts), groups.num * num_experts + 1)
+    return held[:-1].view(groups.num, num_experts)
 
 
 def order_key(routing: Routing, expert_N: Tensor, ctx: TokenContext, policy: str, layer: int) -> Tensor | None:

@@ -20,7 +20,7 @@ class MoEReport:
         router_entropy: 0-dim, without gradient: this rank's share of mean over tokens of H(p) / ln E.
         asked_E: int64 pairs per expert (global id) before any limit.
         kept_E: int64 pairs that each expert computed.
-        dropped_E: int64 pairs that asked for each expert and were computed by none.
+        dropped_ME: int64 pairs that asked for each expert and were computed by none, by reason (`DROP_REASONS`).
     """
 
     losses: dict[str, Tensor]
@@ -28,7 +28,7 @@ class MoEReport:
     router_entropy: Tensor
     asked_E: Tensor
     kept_E: Tensor
-    dropped_E: Tensor
+    dropped_ME: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PackedReports:
         loss_LJ: unscaled shares with gradient; 0 where a layer lacks a loss.
         coefficient_LJ: their coefficients.
         entropy_L: shares of the router entropy.
-        count_LME: int64; M = 3: asked, kept, dropped.
+        count_LME: int64; M = 5: asked, kept, and dropped by each of the `DROP_REASONS`.
     """
 
     names: tuple[str, ...]
@@ -66,5 +66,5 @@ def pack_reports(reports: Sequence[MoEReport]) -> PackedReports:
         loss_LJ=loss_LJ,
         coefficient_LJ=coefficient_LJ,
         entropy_L=torch.stack([r.router_entropy for r in reports]),
-        count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E, r.dropped_E]) for r in reports]),
+        count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E, *r.dropped_ME]) for r in reports]),
     )

@@ -167,10 +167,13 @@ class CheckpointConfig(Config):
         keep: number of newest verified checkpoints to keep; None for all.
         on_failure: what a failed save does: ``abort`` the run (exit 4, last good checkpoint intact) or ``warn`` and go
             on.
+        background: copy the state to host memory and write it while training goes on, instead of waiting for the disk.
+            Costs host memory of the size of each rank's part of the state.
     """
 
     keep: int | None = 2
     on_failure: Literal["abort", "warn"] = "abort"
+    background: bool = False
 
     def __post_init__(self) -> None:
         require(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from moedist.model.loss import token_loss
 from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.report import pack_reports
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast, build_engine
-from moedist.train.checkpoint import CheckpointStore, DiskError
+from moedist.train.checkpoint import BackgroundSave, CheckpointStore, DiskError
 from moedist.train.config import RunConfig
 from moedist.train.evaluate import evaluate
 from moedist.train.signals import StopRequest
@@ -35,6 +38,8 @@ from moedist.train.watchdog import Watchdog
 
 WATCHDOG_MARGIN_S = 30.0
 """Seconds after a collective's own time-out: it shall raise first, with the better message."""
+LAST_SAVE_S = 15.0
+"""Seconds that a failing rank waits for its save in the background: less than launchers give before they kill."""
 
 
 class NonFiniteError(RuntimeError):
@@ -65,6 +70,7 @@ class Totals:
     num_targets: int
     num_tokens: int
     stop: bool
+    save_failed: bool
 
 
 class Trainer:
@@ -99,6 +105,9 @@ class Trainer:
         self.peak_flops: float | None = None
         self.eval_loss: float | None = None
         self.last_record: Mapping[str, Value] = {}
+        self.saving: BackgroundSave | None = None
+        self.save_failed = False  # on some rank, as all of them know
+        self.saved_step: int | None = None
 
     def enter(self, phase: str, slow: bool = False) -> None:
         """Tells the watchdog what this rank does now; ``slow`` where that waits for a disk."""
@@ -133,24 +142,76 @@ class Trainer:
         return meta
 
     def save(self, log: RunLog, must: bool = False) -> None:
-        """Writes a checkpoint; what a failure does is the user's choice (``checkpoint.on_failure``), unless the run
-        ``must`` not leave without one."""
+        """Writes a checkpoint, or begins to (``checkpoint.background``). What a failure does is the user's choice
+        (``checkpoint.on_failure``), unless the run ``must`` not leave without one."""
+        self.finish_save(log)
+        if must and self.saved_step == self.progress.step:
+            return
         self.tally.share_last_seen(self.mesh.dp)
         meta = {**self.meta, **dataclasses.asdict(self.progress)}
-        try:
+        arguments = self.progress.step, self.state(), meta, self.own_state()
+        self.enter("save", slow=True)
+        if self.config.checkpoint.background and not must:
+            self.saving = self.store.begin(*arguments)
+            return
+        with self.save_failures(log, must):
+            path = self.store.save(*arguments, written=lambda: self.enter("commit", slow=True))
+            self.tell_saved(log, path, self.progress.step)
+
+    def finish_save(self, log: RunLog) -> None:
+        """Waits for the save in the background, if there is one."""
+        saving, self.saving, self.save_failed = self.saving, None, False
+        if saving is None:
+            return
+        limit_s = self.config.mesh.save_timeout_s
+        with self.save_failures(log):
+            # Two phases, so that of ranks that wait for one another those are known which still write.
             self.enter("save", slow=True)
-            path = self.store.save(self.progress.step, self.state(), meta, self.own_state())
+            saving.wait_written(limit_s)
+            self.enter("commit", slow=True)
+            self.tell_saved(log, saving.wait(limit_s), saving.step)
+
+    def tell_saved(self, log: RunLog, path: Path, step: int) -> None:
+        """Notes a checkpoint that is complete."""
+        self.saved_step = step
+        log.say(f"checkpoint {path}")
+
+    @contextlib.contextmanager
+    def save_failures(self, log: RunLog, must: bool = False) -> Iterator[None]:
+        """What is done about a checkpoint that cannot be written."""
+        try:
+            yield
         except DiskError as error:
             if must or self.config.checkpoint.on_failure == "abort":
                 raise
             log.say(f"Warning: {error} The run goes on (checkpoint.on_failure = warn).")
-        else:
-            log.say(f"checkpoint {path}")
 
     # The loop
 
     def run(self, log: RunLog) -> bool:
         """Trains from where it stands. Returns whether all steps were done; False after a request to stop, saved."""
+        try:
+            done = self.run_steps(log)
+            self.finish_save(log)
+            return done
+        except Exception as error:
+            self.outlast_save(error)
+            raise
+
+    def outlast_save(self, error: Exception) -> None:
+        """Before this rank leaves with an error: lets the save in the background become the newest checkpoint."""
+        if self.saving is None:
+            return
+        # All ranks leave together where a number was none; any other error may be that of one rank, which none outlives
+        limit_s = self.config.mesh.save_timeout_s if isinstance(error, NonFiniteError) else LAST_SAVE_S
+        self.enter("save", slow=True)
+        try:
+            self.saving.wait(limit_s)
+        except Exception as failure:
+            print(f"the checkpoint of step {self.saving.step} is lost: {failure}", file=sys.stderr)
+
+    def run_steps(self, log: RunLog) -> bool:
+        """The steps; see `run`."""
         train, progress = self.config.train, self.progress
         loader = self.loader()
         dtype = torch.bfloat16 if train.precision == "bf16" else PARAMETER_DTYPES[train.precision]
@@ -161,6 +222,8 @@ class Trainer:
             if not self.step(loader):
                 self.save(log, must=True)
                 return False
+            if self.save_failed or (self.saving is not None and self.saving.saved):
+                self.finish_save(log)
             if self.waiting_since is not None:
                 log.say(f"first step done {time.time() - self.waiting_since:.1f} s after the start")
                 self.waiting_since = None
@@ -205,6 +268,7 @@ class Trainer:
         micro_batches = [batch.to(device) for batch in next(loader)]
         self.enter("agree")
         totals = self.agree(micro_batches)
+        self.save_failed = totals.save_failed
         if totals.stop:
             return False
         self.engine.set_learning_rate(config.train.schedule.factor(progress.step + 1, config.train.steps))
@@ -250,12 +314,14 @@ class Trainer:
                 layer.move_bias(load_E)
 
     def agree(self, micro_batches: list[TokenBatch]) -> Totals:
-        """Sizes of the global batch, and whether any rank was asked to stop."""
+        """Sizes of the global batch, and whether any rank was asked to stop or failed to save."""
         num_targets = torch.stack([batch.num_targets() for batch in micro_batches]).sum()
         num_tokens = torch.stack([batch.num_tokens() for batch in micro_batches]).sum()
-        stop = torch.tensor(int(self.stop.requested), device=self.mesh.device)
-        targets, tokens, stops = all_sum(torch.stack([num_targets, num_tokens, stop]), self.mesh.dp).tolist()
-        return Totals(targets, tokens, stops > 0)
+        flags = [self.stop.requested, self.saving is not None and self.saving.failed]
+        flag_F = torch.tensor(flags, dtype=torch.int64, device=self.mesh.device)
+        totals = all_sum(torch.cat([torch.stack([num_targets, num_tokens]), flag_F]), self.mesh.dp)
+        targets, tokens, stops, failures = totals.tolist()
+        return Totals(targets, tokens, stops > 0, failures > 0)
 
     def record(self, log: RunLog, evaluated: bool) -> None:
         """Sends the numbers of the step just done to the sinks; all ranks take part."""

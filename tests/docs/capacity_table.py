@@ -57,7 +57,7 @@ def stays() -> str:
         plan = plan_capacity(routing, ctx, config)
         pairs = sorted(kept(plan), key=lambda pair: pair[2])
         experts = [" ".join(str(token) for token, e, _ in pairs if e == expert) or "-" for expert in range(3)]
-        rows.append([f"`{policy}`", f"`{overflow}`", *experts, str(int(plan.dropped_E.sum()))])
+        rows.append([f"`{policy}`", f"`{overflow}`", *experts, str(int(plan.dropped_ME.sum()))])
     return table(["`drop_policy`", "`overflow`", "expert 0", "expert 1", "expert 2", "pairs lost"], rows)
 
 

@@ -16,6 +16,7 @@ from moedist.cli.main import parse
 from moedist.launch.choices import list_choices
 from moedist.launch.compose import compose, compose_yaml, default_mapping, find_groups
 from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
+from moedist.moe.plan import DROP_REASONS
 from moedist.train.config import RunConfig
 from tests.docs.pages import PAGES, ROOT, blocks, name_of, prose, quoted
 
@@ -42,7 +43,9 @@ def known_keys() -> set[str]:
 
 def known_metrics() -> set[str]:
     zeros_LE = torch.zeros(1, 2, dtype=torch.int64)
-    moe = MoEStep([0], ["switch", "z_loss"], torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3, 2), zeros_LE)
+    moe = MoEStep(
+        [0], ["switch", "z_loss"], torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2 + len(DROP_REASONS), 2), zeros_LE
+    )
     train = train_metrics(
         step=1,
         loss=0.0,

@@ -73,19 +73,21 @@ def uninterrupted(folder: Path) -> Story:
 
 
 def stopped_and_killed(folder: Path) -> Story:
-    """SIGTERM after step 10 or so; on again, rank 1 killed after step 20; on again, to the end."""
-    first = train(folder, gate=10)
+    """SIGTERM after step 10 or so; on again, rank 1 killed after step 20; on again, to the end. Saves in the
+    background."""
+    background = "checkpoint.background=true"
+    first = train(folder, background, gate=10)
     first.reached()
     first.process.send_signal(signal.SIGTERM)
     first.told("SIGTERM")
     first.open_gate()
     ends = [ended(first)]
-    second = train(folder, "run.resume=auto", gate=24)
+    second = train(folder, background, "run.resume=auto", gate=24)
     second.reached()
     os.kill(second.pid_of(1), signal.SIGKILL)
     second.open_gate()
     ends.append(ended(second))
-    return Story(folder, [*ends, ended(train(folder, "run.resume=auto"))])
+    return Story(folder, [*ends, ended(train(folder, background, "run.resume=auto"))])
 
 
 def interrupted(folder: Path) -> Story:
@@ -167,13 +169,14 @@ def test_metrics_hold_the_documented_keys(whole: Story):
         "train/step", "train/loss", "train/tokens", "train/tokens_per_s", "train/grad_norm", "train/memory_gib",
         "train/lr_router", "train/lr_experts", "train/lr_other", "train/mfu",
         "moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/max_vio", "moe/router_entropy", "moe/load_entropy",
-        "moe/dead_experts",
+        "moe/dead_experts", "moe/dropped_full", "moe/dropped_exhausted", "moe/dropped_barred",
         "moe/layer_01/load", "moe/layer_01/kept", "moe/layer_01/dropped",
         "moe/layer_01/balance_loss", "moe/layer_01/z_loss",
         "moe/layer_01/drop_rate", "moe/layer_01/max_vio", "moe/layer_01/router_entropy", "moe/layer_01/dead_experts",
     }  # fmt: skip
     for row in rows:
-        assert set(row) == documented | ({"eval/loss"} if row["train/step"] in (20, 40) else set())
+        reasons = {"moe/layer_01/dropped_full"} if row["moe/dropped_full"] else set()
+        assert set(row) == documented | reasons | ({"eval/loss"} if row["train/step"] in (20, 40) else set())
 
 
 def test_metrics_agree_with_the_loads(whole: Story):
@@ -184,6 +187,8 @@ def test_metrics_agree_with_the_loads(whole: Story):
         assert len(load) == len(kept) == EXPERTS and sum(load) == TOKENS_STEP * TOP_K
         assert all(stays <= min(asks, limit) for stays, asks in zip(kept, load, strict=True))
         assert row["moe/layer_01/dropped"] == [asks - stays for stays, asks in zip(kept, load, strict=True)]
+        assert row.get("moe/layer_01/dropped_full", [0] * EXPERTS) == row["moe/layer_01/dropped"]
+        assert row["moe/dropped_full"] == sum(load) - sum(kept)
         assert row["moe/drop_rate"] == pytest.approx(1 - sum(kept) / sum(load), abs=1e-12)
         assert row["moe/max_vio"] == row["moe/layer_01/max_vio"] == pytest.approx(max(load) * EXPERTS / sum(load) - 1)
         assert row["train/tokens"] == row["train/step"] * TOKENS_STEP

@@ -32,7 +32,10 @@ def two_layers() -> MoEStep:
         loss_LJ=torch.tensor([[1.5, 0.2], [1.0, 0.4]]),
         entropy_L=torch.tensor([0.5, 1.0]),
         count_LME=torch.tensor(
-            [[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0]], [[2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0]]]
+            [
+                [[5, 2, 1, 0], [3, 2, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]],
+                [[2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+            ]
         ),
         last_seen_LE=torch.tensor([[120, 120, 120, 20], [120, 120, 120, 120]]),
     )
@@ -80,6 +83,8 @@ def test_a_step_becomes_totals_and_layers_under_the_blocks_of_the_model():
         "moe/layer_01/load": [5, 2, 1, 0],
         "moe/layer_01/kept": [3, 2, 1, 0],
         "moe/layer_01/dropped": [2, 0, 0, 0],
+        "moe/layer_01/dropped_full": [1, 0, 0, 0],
+        "moe/layer_01/dropped_barred": [1, 0, 0, 0],
         "moe/layer_03/load": [2, 2, 2, 2],
         "moe/layer_03/kept": [2, 2, 2, 2],
         "moe/layer_03/dropped": [0, 0, 0, 0],
@@ -89,6 +94,9 @@ def test_a_step_becomes_totals_and_layers_under_the_blocks_of_the_model():
             "moe/balance_loss": 1.25,
             "moe/z_loss": 0.3,
             "moe/drop_rate": 0.125,  # of all 16 pairs, not the mean of the layers
+            "moe/dropped_full": 1,
+            "moe/dropped_exhausted": 0,
+            "moe/dropped_barred": 1,
             "moe/max_vio": 1.5,
             "moe/router_entropy": 0.75,
             "moe/load_entropy": (1 + (5 * math.log(8 / 5) + 2 * math.log(4) + math.log(8)) / 8 / math.log(4)) / 2,

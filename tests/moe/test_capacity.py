@@ -109,7 +109,7 @@ def test_next_best_by_hand():
     plan = plan_capacity(routing, TokenContext.of_rows(1, 4), config)
     assert kept(plan) == [(0, 1, 0), (1, 0, 1), (2, 2, 0), (3, 0, 0)]
     assert plan.asked_E.tolist() == [4, 0, 0] and plan.kept_E.tolist() == [2, 1, 1]
-    assert plan.dropped_E.tolist() == [0, 0, 0]
+    assert plan.dropped_ME.tolist() == [[0, 0, 0]] * 3
     # The sum that the gates had before is kept.
     assert plan.gate_N.tolist() == pytest.approx([0.5, 0.6, 0.55, 0.8])
     raw = plan_capacity(
@@ -145,7 +145,7 @@ def test_next_best(seed, rows, num_experts, factor, policy, group, ties, data):
     assert len({(token, expert) for token, expert, _ in rows_kept}) == len(rows_kept), "an expert twice in a token"
     slots = [sorted(slot for _, e, slot in rows_kept if e == expert) for expert in range(num_experts)]
     assert slots == [list(range(count)) for count in plan.kept_E.tolist()]
-    assert int(plan.asked_E.sum()) == int(plan.kept_E.sum() + plan.dropped_E.sum()) == int(valid_T.sum()) * top_k
+    assert int(plan.asked_E.sum()) == int(plan.kept_E.sum() + plan.dropped_ME.sum()) == int(valid_T.sum()) * top_k
     assert (plan.gate_N[plan.slot_N < 0] == 0).all()
     group_of = [0] * (rows * 8) if group == "rank" else ctx.sequence_T.tolist()
     limit = config.limit(training=True)

@@ -20,7 +20,7 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.init import named_draw
 from moedist.moe.layer import MoEConfig
 from moedist.moe.placement import Placement
-from moedist.moe.plan import plan_capacity
+from moedist.moe.plan import DROP_REASONS, plan_capacity
 from moedist.moe.router.contract import Routing
 from moedist.moe.router.topk import TopKConfig
 from tests.moe.by_hand import kept
@@ -69,11 +69,14 @@ class Drawn:
             logits_TE[self.seed % self.num_tokens] = torch.nan
         return logits_TE
 
-    def config(self, factor: float | None = -1.0) -> CapacityConfig:
+    def config(self, factor: float | None = -1.0, overflow: str = "drop") -> CapacityConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return CapacityConfig(
-                factor=self.factor if factor == -1.0 else factor, drop_policy=self.policy, group=self.group
+                factor=self.factor if factor == -1.0 else factor,
+                drop_policy=self.policy,
+                group=self.group,
+                overflow=overflow,
             )
 
 
@@ -138,6 +141,50 @@ def test_slots_are_dense_and_within_the_limit(drawn):
             )
             assert stay == min(asked, most), "a pair is dropped only where its expert is full"
     assert (plan.gate_N[plan.slot_N < 0] == 0).all()
+
+
+@BOUNDED
+@given(batches(), st.sampled_from(["drop", "next_best"]), st.booleans())
+def test_every_drop_has_one_reason_and_it_is_the_true_one(drawn, overflow, limited):
+    """Kept and dropped are what was asked, pair by pair; a reason is checked against what has room in the end."""
+    ctx, routing = drawn.ctx(), routed(drawn)
+    if limited:  # any experts that the token did choose, and some more
+        generator = torch.Generator().manual_seed(drawn.seed)
+        allowed_TE = torch.rand(routing.probs_TE.shape, generator=generator) < 0.5
+        allowed_TE[routing.token_N, routing.expert_N] = True
+        routing = dataclasses.replace(routing, allowed_TE=allowed_TE)
+    config = drawn.config(overflow=overflow)
+    plan = plan_capacity(routing, ctx, config)
+    assert int(plan.asked_E.sum()) == int(plan.kept_E.sum()) + int(plan.dropped_ME.sum())
+    rows = kept(plan)
+    group_of = [0] * drawn.num_tokens if drawn.group == "rank" else ctx.sequence_T.tolist()
+    sizes = {g: sum(group == g and bool(ok) for group, ok in zip(group_of, ctx.valid_T, strict=True)) for g in group_of}
+    limit = config.limit(training=True)
+    room = {
+        (g, e): limit.of_counts(torch.tensor([size]), drawn.top_k, drawn.num_experts).item()
+        - sum(expert == e and group_of[token] == g for token, expert, _ in rows)
+        for g, size in sizes.items()
+        for e in range(drawn.num_experts)
+    }
+    assert min(room.values(), default=0) >= 0, "over capacity"
+    expected = torch.zeros_like(plan.dropped_ME)
+    pairs = zip(routing.token_N.tolist(), routing.expert_N.tolist(), plan.slot_N.tolist(), strict=True)
+    for token, asked, slot in pairs:
+        if slot >= 0 or not ctx.valid_T[token]:
+            continue
+        free = {e for e in range(drawn.num_experts) if room[group_of[token], e] > 0}
+        if overflow == "drop":
+            assert asked not in free
+            reason = "full"
+        elif not free:
+            reason = "exhausted"
+        else:
+            mine = {e for t, e, _ in rows if t == token}
+            foreign = set() if not limited else set((~allowed_TE[token]).nonzero().flatten().tolist())
+            assert free <= mine | foreign, "it could have gone there"
+            reason = "barred"
+        expected[DROP_REASONS.index(reason), asked] += 1
+    assert torch.equal(plan.dropped_ME, expected)
 
 
 @BOUNDED

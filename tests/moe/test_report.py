@@ -15,7 +15,7 @@ def report(losses, coefficients, counts):
         router_entropy=torch.tensor(0.5),
         asked_E=torch.tensor(counts),
         kept_E=torch.tensor(counts) // 2,
-        dropped_E=torch.tensor(counts) - torch.tensor(counts) // 2,
+        dropped_ME=torch.tensor([[0, 0], counts, [0, 0]]) - torch.tensor([[0, 0], counts, [0, 0]]) // 2,
     )
 
 
@@ -25,7 +25,10 @@ def test_layers_with_unlike_losses():
     packed = pack_reports([first, second])
     assert packed.names == ("switch", "z", "bias")
     assert packed.loss_LJ.tolist() == [[2, 3, 0], [7, 0, 5]]
-    assert packed.count_LME.tolist() == [[[4, 2], [2, 1], [2, 1]], [[6, 0], [3, 0], [3, 0]]]
+    assert packed.count_LME.tolist() == [
+        [[4, 2], [2, 1], [0, 0], [2, 1], [0, 0]],
+        [[6, 0], [3, 0], [0, 0], [3, 0], [0, 0]],
+    ]
     assert packed.count_LME.dtype == torch.int64
     assert packed.entropy_L.tolist() == [0.5, 0.5]
     packed.objective().backward()

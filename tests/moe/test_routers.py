@@ -293,7 +293,7 @@ class TestExpertChoice:
         x_TD, ctx = vectors(24), TokenContext.of_rows(3, 8, valid_T=valid_T)
         report = layer(x_TD, ctx).report
         assert report.asked_E.tolist() == report.kept_E.tolist() == [capacity] * 8
-        assert report.dropped_E.tolist() == [0] * 8
+        assert report.dropped_ME.tolist() == [[0] * 8] * 3
         routing = layer.router(x_TD, ctx)
         for expert in range(8):
             mine = [

@@ -28,16 +28,19 @@ class Experts:
 
     def __init__(self, here: Here, ep: int, seed: int):
         self.mesh = here.mesh_of(ep).device_mesh["ep"]
-        generator = torch.Generator().manual_seed(seed)
+        self.generator = generator = torch.Generator().manual_seed(seed)
         self.experts = self._shard(torch.randn(NUM_EXPERTS, 3, 5, generator=generator))
         self.dense = torch.randn(5, generator=generator)
         self.optimizer = torch.optim.AdamW([self.experts, self.dense], lr=0.1)
         for _ in range(2):
-            gradient = torch.randn(NUM_EXPERTS, 3, 5, generator=generator)
-            gradient[IDLE, :] = 0
-            self.experts.grad = self._shard(gradient)
-            self.dense.grad = torch.randn(5, generator=generator)
-            self.optimizer.step()
+            self.step()
+
+    def step(self) -> None:
+        gradient = torch.randn(NUM_EXPERTS, 3, 5, generator=self.generator)
+        gradient[IDLE, :] = 0
+        self.experts.grad = self._shard(gradient)
+        self.dense.grad = torch.randn(5, generator=self.generator)
+        self.optimizer.step()
 
     def _shard(self, full: torch.Tensor) -> DTensor:
         return distribute_tensor(full, self.mesh, [Shard(0)])

@@ -24,7 +24,7 @@ def test_a_stop_that_cannot_be_saved_is_not_called_saved(on_failure: str):
     trainer = make_trainer(config, config.data.open(), Mesh.alone())
     trainer.stop = SimpleNamespace(requested=True)
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise DiskError("no room")
 
     trainer.store = SimpleNamespace(save=refuse)

@@ -8,7 +8,6 @@ descriptions of tensors (`read_index`).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -16,7 +15,7 @@ import math
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -39,16 +38,29 @@ from moedist.train.checkpoint.manifest import FileSeal, Manifest
 INDEX = ".metadata"
 """DCP's index: which tensor lies where in which file. A pickle."""
 
+# DCP's warning that a process on its own is on its own. For good: a filter of one thread is a filter of all.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
 _TENSOR_OVERHEAD = 2048
 """Bytes that DCP spends on a tensor beside its elements: torch.save's archive (about 1500) and its index entry."""
 
 
 class RoomPlanner(DefaultSavePlanner):
-    """Says before the first byte is written whether the disk can hold the whole; hands every rank the size of it."""
+    """Says before the first byte is written whether the disk can hold the whole; hands every rank the size of it.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: where to.
+        copies: this rank's part of each tensor, to be written in place of the state's own; None for those.
+    """
+
+    def __init__(self, folder: Path, copies: Mapping[str, Tensor] | None = None):
         super().__init__(flatten_state_dict=False)
         self.folder = folder
+        self.copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The tensor that is written under ``index``."""
+        return super().lookup_object(index) if self.copies is None else self.copies[index.fqn]
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Runs on rank 0; what it raises, DCP raises on every rank."""
@@ -83,12 +95,19 @@ class SealingWriter(FileSystemWriter):
     Args:
         folder: where to; made if missing, its parent is not (the parent may be the place of a lost mount).
         publish: called on rank 0 with the seals of all files.
+        written: called on every rank once its shards are written.
     """
 
-    def __init__(self, folder: Path, publish: Callable[[dict[str, FileSeal]], None]):
+    def __init__(
+        self,
+        folder: Path,
+        publish: Callable[[dict[str, FileSeal]], None],
+        written: Callable[[], None] = lambda: None,
+    ):
         super().__init__(folder, sync_files=True, thread_count=1)
         self.folder = folder
         self.publish = publish
+        self.written = written
         self.need = 0
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -108,6 +127,7 @@ class SealingWriter(FileSystemWriter):
             results: list[Any] = list(super().write_data(plan, planner).value())
             shards = sorted(self.folder.glob(f"{plan.storage_data.prefix}*"))
             results += [_Sealed(shard.name, FileSeal.of(shard)) for shard in shards]
+        self.written()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -122,26 +142,32 @@ class SealingWriter(FileSystemWriter):
 
 
 def write_shards(
-    state: Mapping[str, Tensor], folder: Path, axis: Axis, publish: Callable[[dict[str, FileSeal]], None]
+    state: Mapping[str, Tensor],
+    folder: Path,
+    axis: Axis,
+    publish: Callable[[dict[str, FileSeal]], None],
+    *,
+    copies: Mapping[str, Tensor] | None = None,
+    written: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a flat state; returns or raises on all ranks of ``axis`` alike.
 
     Args:
-        publish: see `SealingWriter`.
+        copies: see `RoomPlanner`; the state then tells names and layout alone.
+        publish, written: see `SealingWriter`.
 
     Raises:
         DiskError: on every rank, the one that the first failing rank met.
         RuntimeError: a rank was lost.
     """
     try:
-        with _quiet():
-            save(
-                dict(state),
-                storage_writer=SealingWriter(folder, publish),
-                planner=RoomPlanner(folder),
-                process_group=None if axis.group_name is None else axis.group,
-                no_dist=axis.group_name is None,
-            )
+        save(
+            dict(state),
+            storage_writer=SealingWriter(folder, publish, written),
+            planner=RoomPlanner(folder, copies),
+            process_group=None if axis.group_name is None else axis.group,
+            no_dist=axis.group_name is None,
+        )
     except CheckpointException as failure:
         rank, cause = _first_failure(failure)
         if isinstance(cause, CheckpointError):
@@ -159,13 +185,12 @@ def read_shards(state: Mapping[str, Tensor], path: Path, index: Metadata) -> Non
         CheckpointError: a file can no longer be read, or holds something else than tensors.
     """
     try:
-        with _quiet():
-            load(
-                dict(state),
-                storage_reader=_IndexedReader(path, index),
-                planner=DefaultLoadPlanner(flatten_state_dict=False),
-                no_dist=True,
-            )
+        load(
+            dict(state),
+            storage_reader=_IndexedReader(path, index),
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
     except CheckpointException as failure:
         raise CheckpointError(f"cannot read {path}: {_first_failure(failure)[1]}") from None
 
@@ -254,11 +279,3 @@ def _check_index(index: Metadata, manifest: Manifest) -> None:
         inside = file is not None and 0 <= entry.offset <= entry.offset + entry.length <= file.size
         if not inside or entry.transform_descriptors is not None:
             raise ValueError(f"it points at {entry.relative_path!r}, outside the checkpoint")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that a process on its own is on its own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield

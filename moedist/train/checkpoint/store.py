@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_max, broadcast_json
+from moedist.train.checkpoint.background import BackgroundSave, Staging
 from moedist.train.checkpoint.errors import CheckpointError, DiskError, disk_errors
 from moedist.train.checkpoint.manifest import (
     FileSeal,
@@ -75,6 +76,7 @@ class CheckpointStore:
         self._good: set[Path] = set()  # hashed by this process, when written or when read; what retention counts
         self._vouched: dict[Path, Manifest] = {}  # hashed just now, so that `load` need not read it all again
         self._launch: str | None = None
+        self._staging = Staging()
 
     def prepare(self) -> None:
         """Makes the folder, shows that every rank can write to it, and clears what crashed saves have left.
@@ -97,6 +99,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         meta: Mapping[str, Any],
         own: Mapping[str, Tensor] | None = None,
+        written: Callable[[], None] = lambda: None,
     ) -> Path:
         """Writes a checkpoint and makes it the newest; older ones beyond ``keep`` are removed.
 
@@ -108,6 +111,7 @@ class CheckpointStore:
             state: nested mapping of tensors and DTensors by global names, the same names on every rank.
             meta: JSON for the manifest; rank 0's counts.
             own: tensors of this rank alone (random number generators).
+            written: called once this rank's part is written; what follows waits for the other ranks.
 
         Returns:
             The checkpoint's folder.
@@ -116,6 +120,32 @@ class CheckpointStore:
             DiskError, NoRoomError: on all ranks. What was written of it is removed.
             RuntimeError: a rank was lost meanwhile. What was written of it is removed by the next `prepare`.
         """
+        return self._write(step, flatten({**state, **self._own(own)}), meta, written=written)
+
+    def begin(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        own: Mapping[str, Tensor] | None = None,
+    ) -> BackgroundSave:
+        """As `save`, in the background: returns once the state is copied to the host, so that it may change.
+
+        The copy takes as much host memory as this rank's part of the state, kept for the next one. No other method of
+        this store may be called before the save has been waited for.
+        """
+        flat = flatten({**state, **self._own(own)})
+        copies = self._staging.copy(flat)
+        return BackgroundSave(step, lambda written: self._write(step, flat, meta, copies, written))
+
+    def _write(
+        self,
+        step: int,
+        flat: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        copies: Mapping[str, Tensor] | None = None,
+        written: Callable[[], None] = lambda: None,
+    ) -> Path:
         if self._launch is None:
             self.prepare()
         path = self.directory / folder_name(step)
@@ -127,7 +157,7 @@ class CheckpointStore:
             self._point_latest(path)
 
         try:
-            write_shards(flatten({**state, **self._own(own)}), folder, self.axis, publish)
+            write_shards(flat, folder, self.axis, publish, copies=copies, written=written)
         except CheckpointError:
             if self.axis.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -45,7 +45,7 @@ def record(step: int, loss: float = 2.5) -> dict:
         loss_names=["switch", "z_loss"],
         loss_LJ=torch.tensor([[1.25, 0.5]]),
         entropy_L=torch.tensor([0.75]),
-        count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0]]]),
+        count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0], [0] * 4, [0] * 4]]),
         last_seen_LE=torch.full((1, 4), step),
     )
     return train_metrics(
