@@ -6,6 +6,6 @@
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig, MoELayer, MoEOutput
-from moedist.moe.report import MoEReport
+from moedist.moe.report import MoEReport, pack_reports
 
-__all__ = ["CapacityConfig", "MoEConfig", "MoELayer", "MoEOutput", "MoEReport", "TokenContext"]
+__all__ = ["CapacityConfig", "MoEConfig", "MoELayer", "MoEOutput", "MoEReport", "TokenContext", "pack_reports"]

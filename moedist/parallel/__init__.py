@@ -2,6 +2,16 @@
 
 from moedist.parallel.fully_shard import release, sum_replicas
 from moedist.parallel.gradients import GradientTable, ParameterSpread
+from moedist.parallel.guest import clip_gradients, spread_as_guest
 from moedist.parallel.spread import recompute_in_backward, spread
 
-__all__ = ["GradientTable", "ParameterSpread", "recompute_in_backward", "release", "spread", "sum_replicas"]
+__all__ = [
+    "GradientTable",
+    "ParameterSpread",
+    "clip_gradients",
+    "recompute_in_backward",
+    "release",
+    "spread",
+    "spread_as_guest",
+    "sum_replicas",
+]

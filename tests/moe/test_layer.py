@@ -291,6 +291,22 @@ def test_the_padded_layer_compiles_whole(backend, factor):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_the_packed_layer_compiles_in_pieces():
+    """Its sizes are read by the host, so the graph breaks there; torch's shape rule for grouped_mm refuses fp32."""
+    torch._dynamo.reset()
+    layer = MoEConfig(num_experts=4, experts=GroupedConfig(hidden_dim=16), balance=BALANCE).build(8)
+    compiled = torch.compile(layer, backend="eager")
+    x_TD, ctx = torch.randn(24, 8), TokenContext.of_rows(3, 8)
+    results = []
+    for each in (compiled, layer):
+        layer.zero_grad()
+        output = each(x_TD, ctx)
+        objective(output).backward()
+        results.append([output.out_TD, *gradients(layer).values()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["probability", "gate", "choice", "token", "random"])
 @pytest.mark.parametrize("group", ["rank", "sequence"])
 @pytest.mark.parametrize("overflow", ["drop", "next_best"])

@@ -31,9 +31,11 @@ class GroupedConfig(FFNExpertsConfig):
 def qualifies(dtype: torch.dtype, *widths: int) -> bool:
     """Whether `torch.nn.functional.grouped_mm` takes rows of these widths.
 
-    It wants strides in multiples of 16 bytes, has no fp64, and its fp16 is a slow path.
+    It wants strides in multiples of 16 bytes, has no fp64, and its fp16 is a slow path. Under `torch.compile` torch's
+    own shape rule for it refuses fp32 too.
     """
-    return dtype in (torch.float32, torch.bfloat16) and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16)
+    return dtype in dtypes and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 class ContiguousGradient(torch.autograd.Function):
