@@ -179,7 +179,7 @@ def compare_configs(
     Raises:
         ConfigErrors: every other difference.
     """
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     lines, errors = [], []
     for key in dict.fromkeys([*before, *after]):
         if key in before and key in after and before[key] == after[key]:
@@ -292,11 +292,12 @@ def _covered(key: str, branches: Sequence[str]) -> bool:
     return any(key == branch or key.startswith(f"{branch}.") for branch in branches)
 
 
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -65,7 +65,12 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
         meta = {
             "config": written_config(run_dir),
             "data_fingerprint": source.fingerprint,
-            "layout": {"world": mesh.dp.size, "ep": mesh.ep.size, "device": mesh.device.type},
+            "layout": {
+                "world": mesh.dp.size,
+                "ep": mesh.ep.size,
+                "device": mesh.device.type,
+                "engine": config.engine.kind,
+            },
         }
         trainer = Trainer(config, mesh, source, spread, store, stop, watchdog, progress, meta)
         with contextlib.closing(trainer.engine):

@@ -189,3 +189,18 @@ def read_meta(path: Path) -> Mapping[str, Any]:
         CheckpointError: the manifest is missing or damaged.
     """
     return read_manifest(path).meta
+
+
+def find_damage(path: Path) -> list[str]:
+    """Every way in which a checkpoint's files differ from its manifest, a sentence each; none for a sound one."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    found = []
+    for name, seal in manifest.files.items():
+        try:
+            check_file(path / name, seal)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
