@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,7 @@ def render(summary: Summary, *, every: bool) -> Iterator[str]:
     meta = summary.meta
     layout = dict(meta.get("layout", {}))
     world = layout.pop("world", summary.num_ranks)
-    how = ", ".join(f"{key} {value}" for key, value in layout.items())
+    how = ", ".join(f"{key} {value}" for key, value in layout.items() if value is not None)
     facts = {
         "checkpoint": str(summary.path),
         "step": f"{summary.step:,}",
@@ -157,7 +157,7 @@ def render(summary: Summary, *, every: bool) -> Iterator[str]:
     rows += [(p.name, f"{p.num_tensors:,}", f"{p.num_elements:,}", size(p.num_bytes)) for p in summary.parts]
     totals = [sum(getattr(p, f"num_{what}") for p in summary.parts) for what in ("tensors", "elements", "bytes")]
     rows.append(("total", f"{totals[0]:,}", f"{totals[1]:,}", size(totals[2])))
-    yield from table(rows, "<>>>")
+    yield from table(rows, numbers=(1, 2, 3))
     yield ""
     if every:
         listed = [(tensor.name, [tensor]) for tensor in summary.tensors]
@@ -168,14 +168,14 @@ def render(summary: Summary, *, every: bool) -> Iterator[str]:
         first = group[0]
         times = f"x {len(group)}" if len(group) > 1 else ""
         named.append((name, str(list(first.shape)), dtype_name(first), size(first.num_bytes), times))
-    yield from table(named, "<<<><")
+    yield from table(named, numbers=(3,))
 
 
-def table(rows: Sequence[tuple[str, ...]], sides: str) -> Iterator[str]:
-    """Rows in columns, each flush to its side."""
+def table(rows: Sequence[tuple[str, ...]], numbers: Collection[int]) -> Iterator[str]:
+    """Rows in columns; those that hold ``numbers`` are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
+        cells = [cell.rjust(widths[i]) if i in numbers else cell.ljust(widths[i]) for i, cell in enumerate(row)]
         yield "  ".join(cells).rstrip()
 
 

@@ -68,6 +68,7 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
             "layout": {
                 "world": mesh.dp.size,
                 "ep": mesh.ep.size,
+                "fsdp": config.mesh.fsdp,
                 "device": mesh.device.type,
                 "engine": config.engine.kind,
             },

@@ -110,7 +110,7 @@ def test_inspect_counts_every_tensor(run: Path, capsys: Output):
     assert parts["rank_*"]["num_tensors"] == 2
     files = [path for path in checkpoint(run).iterdir() if path.name != "manifest.json"]
     assert (told["num_files"], told["num_bytes"]) == (len(files) + 1, sum(path.stat().st_size for path in files))
-    assert told["meta"]["layout"] == {"world": 2, "ep": 2, "device": "cpu", "engine": "native"}
+    assert told["meta"]["layout"] == {"world": 2, "ep": 2, "fsdp": None, "device": "cpu", "engine": "native"}
     assert told["meta"]["config"]["seed"] == SMALL.seed
 
 
