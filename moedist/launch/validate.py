@@ -11,6 +11,7 @@ from moedist.data.check import check_data, open_data, stated_vocab_size
 from moedist.data.contract import Source
 from moedist.engine.contract import TrainingStep
 from moedist.launch.folder import check_folder
+from moedist.moe.layer import MoELayer
 from moedist.train.config import RunConfig
 
 
@@ -110,7 +111,13 @@ def _check_data(config: RunConfig, world_size: int) -> tuple[Source | None, list
 
 
 def _check_model(config: RunConfig, vocab_size: int) -> list[ConfigError]:
-    return _check("model", config.model.build, vocab_size, config.moe, device="meta")
+    def build() -> None:
+        model = config.model.build(vocab_size, config.moe, device="meta")
+        for layer in model.modules():
+            if isinstance(layer, MoELayer):
+                layer.router.check_model(model.moe_blocks)
+
+    return _check("model", build)
 
 
 def validate_evaluation(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> None:

@@ -16,6 +16,27 @@ def _default_sinks() -> dict[str, SinkConfig]:
 
 
 @dataclasses.dataclass(frozen=True)
+class TraceConfig(Config):
+    """Which steps' routing is recorded, to ``<run>/traces`` (`moedist.moe.trace`); none by default.
+
+    Attributes:
+        steps: optimizer steps, counted from 1 as in ``train/step``.
+        every: and every so many steps; None for none beside ``steps``.
+    """
+
+    steps: tuple[int, ...] = ()
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        require(min(self.steps, default=1) >= 1, "steps", list(self.steps), "names no step", "The first step is 1.")
+        require(self.every is None or self.every >= 1, "every", self.every, "is no number of steps", "Set 1 or more.")
+
+    def wants(self, step: int) -> bool:
+        """Whether the routing of ``step`` is recorded."""
+        return step in self.steps or (self.every is not None and step % self.every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig(Config):
     """Metrics and their sinks.
 
@@ -24,11 +45,13 @@ class LogConfig(Config):
         max_expert_keys: bound on the number of per-expert scalar keys in trackers that keep one series per key;
             48 layers x 128 experts would be 6,144 per quantity. Histograms and the lists in ``metrics.jsonl`` always
             hold every expert.
+        trace: steps whose routing is recorded.
         sinks: where numbers go, by any name; none of them can stop a run.
     """
 
     dead_window: int = 100
     max_expert_keys: int = 512
+    trace: TraceConfig = dataclasses.field(default_factory=TraceConfig)
     sinks: dict[str, SinkConfig] = dataclasses.field(default_factory=_default_sinks)
 
     def __post_init__(self) -> None:

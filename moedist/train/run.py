@@ -36,6 +36,7 @@ from moedist.train.trainer import WATCHDOG_MARGIN_S, Progress, Trainer
 from moedist.train.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
+TRACES = "traces"
 
 
 def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | None = None) -> int:
@@ -73,7 +74,7 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
                 "engine": config.engine.kind,
             },
         }
-        trainer = Trainer(config, mesh, source, spread, store, stop, watchdog, progress, meta)
+        trainer = Trainer(config, mesh, source, spread, store, stop, watchdog, progress, meta, run_dir / TRACES)
         with contextlib.closing(trainer.engine):
             end.progress = progress
             if found is not None:

@@ -26,7 +26,9 @@ from moedist.model.batch import TokenBatch
 from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
 from moedist.moe.layer import MoELayer, routing_label
+from moedist.moe.record import RoutingRecorder
 from moedist.moe.report import pack_reports
+from moedist.moe.trace import TraceError, write_part
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast, build_engine
 from moedist.train.checkpoint import BackgroundSave, CheckpointStore, DiskError
 from moedist.train.config import RunConfig
@@ -87,10 +89,13 @@ class Trainer:
         watchdog: Watchdog,
         progress: Progress,
         meta: Mapping[str, Any],
+        traces: Path | None = None,
     ):
         self.config, self.mesh, self.source, self.spread = config, mesh, source, spread
         self.store, self.stop, self.watchdog, self.progress, self.meta = store, stop, watchdog, progress, meta
+        self.traces = traces
         self.model = spread.model
+        self.recorder = RoutingRecorder(self.model)
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
         self.engine = build_engine(config, spread, mesh)
         num_layers = len(self.model.moe_blocks)
@@ -222,6 +227,7 @@ class Trainer:
             if not self.step(loader):
                 self.save(log, must=True)
                 return False
+            self.write_trace(log)
             if self.save_failed or (self.saving is not None and self.saving.saved):
                 self.finish_save(log)
             if self.waiting_since is not None:
@@ -238,6 +244,21 @@ class Trainer:
             if due(train.checkpoint_every, progress.step, last):
                 self.save(log)
         return True
+
+    def write_trace(self, log: RunLog) -> None:
+        """Writes this rank's part of the routing that the step has recorded; a failure costs the trace, not the run."""
+        rank, world = self.mesh.dp.rank, self.mesh.dp.size
+        try:
+            part = self.recorder.take(self.progress.step)
+            if part is None or self.traces is None:
+                return
+            self.enter("trace", slow=True)
+            write_part(self.traces, part, rank, world)
+        except (OSError, TraceError) as error:
+            line = f"Warning: the routing of step {self.progress.step} is not recorded: {error}. The run goes on."
+            log.say(line)
+            if rank != 0:  # has no sinks
+                print(line, file=sys.stderr)
 
     def loader(self) -> Loader:
         """This rank's training data from where the run stands."""
@@ -282,7 +303,8 @@ class Trainer:
         for place, batch in enumerate(micro_batches, start=1):
             self.enter("forward")
             with autocast(config, self.mesh):
-                output = self.model(batch, context)
+                with self.recorder.listening(config.log.trace.wants(progress.step + 1)):
+                    output = self.model(batch, context)
                 # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
                 task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
                 reports = pack_reports(output.reports) if output.reports else None

@@ -45,6 +45,29 @@ def test_a_rank_that_stops_is_named_and_the_others_leave(tmp_path: Path):
     assert processes_of(command.folder) == []
 
 
+def test_a_recorded_run_is_replayed_at_other_layouts(tmp_path: Path):
+    """The real commands: two ranks at EP=2 record, four at EP=1 and one replay; counts and losses are the run's."""
+    short = ("train.steps=4", "train.log_every=1", "train.eval_every=null", "train.checkpoint_every=null")
+    batch = ("train.global_batch_tokens=128", "moe.router.noise_std=0.3")
+    recorded = train(tmp_path / "recorded", *short, *batch, "log.trace.every=1")
+    assert recorded.wait()[0] == 0
+    assert len(list((tmp_path / "recorded" / "traces").glob("step_*/rank_*_of_00002.npz"))) == 8
+    replay = ("moe/router=replay", f"moe.router.trace={tmp_path / 'recorded'}")
+    for ranks, ep in ((4, 1), (1, 1)):
+        layout = (f"launch.nproc={ranks}", f"mesh.ep={ep}")
+        command = train(tmp_path / f"ranks_{ranks}", *short, *replay, *batch, *layout)
+        exit_code, out, err = command.wait()
+        assert exit_code == 0, err
+        assert "forced replay routing: the numbers of this run are not a trained model's" in out
+        for got, expected in zip(read_rows(command.folder), read_rows(recorded.folder), strict=True):
+            assert got["moe/routing"] == "forced replay"
+            assert got["moe/layer_01/load"] == expected["moe/layer_01/load"]
+            assert got["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-4)
+    other = train(tmp_path / "other", *short, *replay, *batch, "moe.num_experts=4")
+    exit_code, _, err = other.wait()
+    assert exit_code == 2 and "moe.router.trace" in err and not other.folder.exists()
+
+
 def test_ctrl_c_saves_and_ends_all_within_ten_seconds(tmp_path: Path):
     """On a machine that does nothing else; what it saves is held in test_runs."""
     command = train(tmp_path / "run", gate=4)

@@ -86,12 +86,15 @@ def in_folder(config: RunConfig, folder: Path, ep: int = 1, resume: str = "never
     return dataclasses.replace(config, run=RunFolder(dir=str(folder), resume=resume), mesh=MeshConfig(ep=ep))
 
 
-def make_trainer(config: RunConfig, source: Source, mesh: Mesh, folder: Path | None = None) -> Trainer:
-    """A trainer outside a run: nobody stops it or watches it; it saves below ``folder``."""
+def make_trainer(
+    config: RunConfig, source: Source, mesh: Mesh, folder: Path | None = None, traces: Path | None = None
+) -> Trainer:
+    """A trainer outside a run: nobody stops it or watches it; it saves below ``folder`` and records to ``traces``."""
     store = CheckpointStore(folder, mesh.dp) if folder is not None else None
     stop, watchdog = SimpleNamespace(requested=False), SimpleNamespace(enter=lambda *_: None)
     spread = build_model(config, source.vocab_size, mesh)
-    return Trainer(config, mesh, source, spread, store, stop, watchdog, Progress("0" * 8), {})  # type: ignore[arg-type]
+    progress = Progress("0" * 8)
+    return Trainer(config, mesh, source, spread, store, stop, watchdog, progress, {}, traces)  # type: ignore[arg-type]
 
 
 def no_measuring() -> AbstractContextManager[object]:

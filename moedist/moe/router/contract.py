@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,10 @@ class Router(nn.Module):
             "has no selection that a balancing bias could move",
             "Choose a token-choice router (topk, noisy, mlp, cosine), or a balance loss instead of the bias.",
         )
+
+    def check_model(self, blocks: Sequence[int]) -> None:
+        """Raises `ConfigError`, with the key's full name, where it cannot be the router of its layer in a model whose
+        blocks ``blocks`` have MoE layers. Asked before a run starts."""
 
     def forward(self, x_TD: Tensor, ctx: TokenContext) -> Routing:
         """Proposes pairs for [T, D] vectors; leaves ``x_TD`` as it is."""
