@@ -27,6 +27,7 @@ examples:
   moedist train --cfg job                         # every key of the configuration, with its value
   moedist train --dry-run                         # what would run, without running it
   moedist eval runs/first                         # held-out loss of its newest checkpoint
+  moedist doctor parity                           # do ranks compute what one device computes?
 
 exit codes:
   0 done   2 configuration or data known to be bad before a rank starts   3 does not fit   4 environment or disk

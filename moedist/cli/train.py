@@ -147,7 +147,7 @@ def show_dry_run(composed: Composed, ranks: Ranks, *, as_json: bool) -> int:
         "accumulation": accumulation,
         "tokens_step": accumulation * ranks.world_size * config.train.micro_batch * config.train.sequence_length,
         "resume": config.run.resume,
-        "data": data.description,
+        "data": data.describe(),
     }
     plan = dry_run(config, data.vocab_size, ranks.world_size)
     if as_json:

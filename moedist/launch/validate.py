@@ -45,29 +45,46 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a dry run knows of the data.
+    """What is known of the data on a machine that need not have it.
 
     Attributes:
         vocab_size: number of token ids.
-        description: the corpus in words, or what it lacks on this machine.
+        source: the opened corpus; None where it cannot be opened here.
+        errors: what keeps a run from using it here.
     """
 
     vocab_size: int
-    description: str
+    source: Source | None
+    errors: tuple[ConfigError, ...] = ()
+
+    def describe(self) -> str:
+        """One line."""
+        if self.errors or self.source is None:
+            return f"not ready on this machine: {' '.join(map(str, self.errors))}"
+        return self.source.describe()
 
 
 def validate_dry_run(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> Data:
     """Checks a configuration for a dry run of ``world_size`` ranks; changes nothing on disk.
 
-    On one node as `validate`. A run of several nodes may be planned where none of them is: it needs no rendezvous, and
-    what is wrong with its data is told and not refused, if the configuration says the number of token ids.
+    On one node as `validate`. A run of several nodes may be planned where none of them is: `validate_elsewhere`.
 
     Raises:
         ConfigErrors: all that is wrong, at once.
     """
-    if config.launch.nnodes == 1:
-        corpus = validate(config, mapping, world_size)
-        return Data(corpus.vocab_size, corpus.describe())
+    if config.launch.nnodes > 1:
+        return validate_elsewhere(config, mapping, world_size)
+    source = validate(config, mapping, world_size)
+    return Data(source.vocab_size, source)
+
+
+def validate_elsewhere(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> Data:
+    """Checks a configuration on a machine that will not run it: it needs no rendezvous, and what is wrong with its data
+    is told and not refused, if the configuration says the number of token ids.
+
+    Raises:
+        ConfigErrors: all else that is wrong, at once.
+    """
     errors = _check_parts(config, mapping, world_size)
     source, data_errors = _check_data(config, world_size)
     vocab_size = source.vocab_size if source is not None else stated_vocab_size(config.data)
@@ -76,10 +93,7 @@ def validate_dry_run(config: RunConfig, mapping: Mapping[str, Any], world_size: 
     errors += _check_model(config, vocab_size)
     if errors:
         raise ConfigErrors(errors)
-    if data_errors:
-        return Data(vocab_size, f"not ready on this machine: {' '.join(map(str, data_errors))}")
-    assert source is not None
-    return Data(vocab_size, source.describe())
+    return Data(vocab_size, source, tuple(data_errors))
 
 
 def _check_parts(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> list[ConfigError]:

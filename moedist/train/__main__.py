@@ -48,6 +48,7 @@ def run_saved(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="moedist.train")
     parser.add_argument("config", type=Path)
     parser.add_argument("--eval", type=Path, help="measure this checkpoint instead of training")
+    parser.add_argument("--parity", action="store_true", help="compare one step's gradients with one device's")
     args = parser.parse_args(argv)
     run_dir = args.config.parent.absolute()
     terminal = _redirect(run_dir)
@@ -57,7 +58,7 @@ def run_saved(argv: Sequence[str]) -> int:
         config = decode_saved(read_mapping(args.config))
     except ConfigError as error:
         return _end_refused(run_dir, error)
-    return _run(config, run_dir, terminal, checkpoint=args.eval)
+    return _run(config, run_dir, terminal, checkpoint=args.eval, parity=args.parity)
 
 
 def run_composed(overrides: Sequence[str]) -> int:
@@ -106,7 +107,9 @@ def _decide(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
     return {"mapping": composed.mapping, "run_dir": str(claim.path)}
 
 
-def _run(config: Any, run_dir: Path, terminal: TextIO | None, checkpoint: Path | None = None) -> int:
+def _run(
+    config: Any, run_dir: Path, terminal: TextIO | None, checkpoint: Path | None = None, parity: bool = False
+) -> int:
     from moedist.mesh import close_mesh, join_mesh
     from moedist.train.run import eval_rank, run_rank
 
@@ -114,6 +117,10 @@ def _run(config: Any, run_dir: Path, terminal: TextIO | None, checkpoint: Path |
         mesh = join_mesh(config.mesh)
         if checkpoint is not None:
             return eval_rank(config, run_dir, mesh, checkpoint, terminal)
+        if parity:
+            from moedist.doctor.parity import check_rank
+
+            return check_rank(config, run_dir, mesh)
         return run_rank(config, run_dir, mesh, terminal)
     except ConfigError as error:
         return _end_refused(run_dir, error)

@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return calls
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["eval"], ["tokenize"]])
+@pytest.mark.parametrize("argv", [[], ["train"], ["eval"], ["tokenize"], ["doctor"], ["doctor", "parity"]])
 def test_help_has_examples(argv: list[str], capsys: Output):
     with pytest.raises(SystemExit) as caught:
         main([*argv, "--help"])

@@ -66,7 +66,7 @@ def test_a_plan_of_several_nodes_needs_no_data_where_the_ids_are_known():
     elsewhere = ["launch.nnodes=2", "data=tokens", "data.files=/elsewhere/*.bin", "data.vocab_size=50304"]
     composed = compose([*SMALL, *elsewhere])
     data = validate_dry_run(composed.config, composed.mapping, 8)
-    assert data.vocab_size == 50304 and data.description.startswith("not ready on this machine: data.files = ")
+    assert data.vocab_size == 50304 and data.describe().startswith("not ready on this machine: data.files = ")
     errors = errors_of(*elsewhere, "launch.nnodes=1", check=validate_dry_run)
     assert set(errors) == {"data.files"}, "a run of this machine needs its data here"
     errors = errors_of(*elsewhere, "data.vocab_size=null", "mesh.ep=3", check=validate_dry_run)
@@ -75,4 +75,4 @@ def test_a_plan_of_several_nodes_needs_no_data_where_the_ids_are_known():
 
 def test_a_plan_of_many_ranks_says_that_the_corpus_is_short():
     composed = compose([*SMALL, *SYNTHETIC, "launch.nnodes=128"])
-    assert "takes 2048 samples per step" in validate_dry_run(composed.config, composed.mapping, 1024).description
+    assert "takes 2048 samples per step" in validate_dry_run(composed.config, composed.mapping, 1024).describe()

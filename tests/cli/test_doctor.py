@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moedist.cli.main import main
+from moedist.launch.compose import compose
+from moedist.train.status import Status
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["data=synthetic", "data.num_tokens=50000", "mesh.device=cpu"]
+Output = pytest.CaptureFixture[str]
+
+
+def result(good: bool) -> dict[str, Any]:
+    sizes = {"layout": "2 pieces x 2 copies", "largest": 1.0, "difference": 0.0 if good else 0.5, "limit": 1e-12}
+    names = ["moe.router.weight", *(f"blocks.{index}.weight" for index in range(8))]
+    return {
+        "good": good,
+        "precision": "fp64",
+        "tolerance": 1e-12,
+        "numbers": {"loss": {"ranks": 1.5, "one_device": 1.5, "good": True}},
+        "pairs": {"asked": 64, "kept": 60, "good": True},
+        "parameters": [{"name": name, **sizes, "good": good or index > 0} for index, name in enumerate(names)],
+        "data": "synthetic",
+        "seconds": 1.0,
+    }
+
+
+@pytest.fixture
+def outcome() -> list[str]:
+    """Holds something where ranks shall differ from one device."""
+    return []
+
+
+@pytest.fixture
+def started(outcome: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been started; the ranks' results are those set here."""
+    calls: list[dict[str, Any]] = []
+
+    def run_ranks(ranks, launch, run_dir, target, *, lock=None, terminal=None) -> Status:
+        written = yaml.safe_load((run_dir / "config.yaml").read_text())
+        calls.append({"ranks": ranks, "run_dir": run_dir, "target": target, "config": written})
+        (run_dir / "parity.json").write_text(json.dumps(result(good=not outcome)))
+        return Status("done", 0, "Compared.")
+
+    monkeypatch.setattr("moedist.launch.parity.run_ranks", run_ranks)
+    return calls
+
+
+def test_what_is_equal(started: list, capsys: Output):
+    assert main(["doctor", "parity", *QUICK, "moe.capacity.drop_policy=choice", "mesh.ep=2"]) == 0
+    said = capsys.readouterr().out
+    for words in ("model.layers.num_layers: 4 -> 2", "loss       1.500000, differs by 0.0e+00  equal", "60 kept"):
+        assert words in said
+    assert "equal: all 9 gradients, within 1e-12 x max|g| (fp64)" in said and said.count("pieces x") == 5
+    (call,) = started
+    assert call["target"] == ["moedist.train", str(call["run_dir"] / "config.yaml"), "--parity"]
+    assert call["config"]["moe"]["capacity"]["drop_policy"] == "choice"
+    assert not call["run_dir"].exists(), "nothing is left"
+
+
+def test_what_is_not(started: list, outcome: list[str], capsys: Output):
+    outcome.append("unequal")
+    assert main(["doctor", "parity", *QUICK]) == 5
+    said = capsys.readouterr().out
+    assert "UNEQUAL: 1 of 9 gradients, beyond 1e-12 x max|g| (fp64); moe.router.weight" in said
+    assert main(["doctor", "parity", "--json", *QUICK]) == 5
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"][0]["name"] == "moe.router.weight" and told["changes"] and not told["good"]
+
+
+def test_ranks_that_fail(started: list, capsys: Output, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moedist.launch.parity.run_ranks", lambda *_, **__: Status("bug", 5, "A rank failed.", rank=1))
+    assert main(["doctor", "parity", *QUICK]) == 5
+    assert "moedist doctor: ended with bug: A rank failed." in capsys.readouterr().err
+
+
+def test_a_runs_own_configuration(started: list, tmp_path: Path, capsys: Output):
+    mapping = compose([*QUICK, "moe.router.top_k=3", f"run.dir={tmp_path}"]).mapping
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(mapping))
+    assert main(["doctor", "parity", str(tmp_path), "moe.capacity.factor=2.0"]) == 0
+    (call,) = started
+    assert call["config"]["moe"]["router"]["top_k"] == 3 and call["config"]["moe"]["capacity"]["factor"] == 2.0
+    assert main(["doctor", "parity", str(tmp_path / "nowhere")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_what_cannot_run_is_refused(started: list, capsys: Output):
+    assert main(["doctor", "parity", *QUICK, "mesh.ep=3"]) == 2
+    assert "mesh.ep = 3 does not divide" in capsys.readouterr().err and started == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["experiment=olmoe_1b_7b"], 0, "equal: all"),
+        (["plugins=[faulty]", "moe/dispatch=gateless", *QUICK], 5, ".router.weight"),
+        (["plugins=[faulty]", "moe/experts=halved", *QUICK], 5, ".experts.down"),
+    ],
+)
+def test_on_real_ranks(overrides: list[str], code: int, words: str):
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'doctor' / 'src'}"
+    command = [sys.executable, "-m", "moedist", "doctor", "parity", *overrides]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert words in ended.stdout.splitlines()[-2], ended.stdout
