@@ -105,14 +105,16 @@ def describe(found: dict[str, Any], changes: tuple[str, ...]) -> list[str]:
         sizes = (f"{one[key]:.1e}" for key in ("largest", "difference", "limit"))
         rows.append((one["name"], one["layout"], *sizes, verdict(one["good"])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines += ["", *("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows), ""]
-    wrong = [one["name"] for one in found["parameters"] if not one["good"]]
+    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += ["", *table, ""]
+    wrong = sum(not one["good"] for one in found["parameters"])
     limit = f"{found['tolerance']:.0e} x max|g| ({found['precision']})"
     if found["good"]:
         return [*lines, f"equal: all {len(found['parameters'])} gradients, within {limit}"]
-    if wrong:
-        return [*lines, f"UNEQUAL: {len(wrong)} of {len(found['parameters'])} gradients, beyond {limit}; {wrong[0]}"]
-    return [*lines, "UNEQUAL: the gradients agree, the numbers above do not"]
+    if not wrong:
+        return [*lines, "UNEQUAL: the gradients agree, the numbers above do not"]
+    lines.append(f"UNEQUAL: {wrong} of {len(found['parameters'])} gradients, beyond {limit}")
+    return [*lines, f"look first at {found['last_wrong']}: the nearest to the loss, earlier layers inherit its fault"]
 
 
 def verdict(good: bool) -> str:

@@ -116,7 +116,7 @@ def join_routings(routings: Sequence[Routing], num_tokens: int) -> Routing:
 
 def join_plans(plans: Sequence[CapacityPlan], num_tokens: int) -> CapacityPlan:
     """The plans of all blocks; slots are those within a block, and counts are sums."""
-    fields = [f.name for f in dataclasses.fields(CapacityPlan) if f.name.endswith("_E")]
+    fields = [f.name for f in dataclasses.fields(CapacityPlan) if f.name.endswith(("_E", "_ME"))]
     counts: dict[str, Any] = {name: torch.stack([getattr(plan, name) for plan in plans]).sum(0) for name in fields}
     return dataclasses.replace(plans[0], **_joined(plans, num_tokens), **counts)
 

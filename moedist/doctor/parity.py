@@ -78,7 +78,7 @@ class Step:
         loss: task loss.
         balance: unscaled balance losses by name, summed over layers.
         norm: of the whole gradient.
-        asked_LE, kept_LE: pairs of each layer's experts before and after the limit; None without MoE layers.
+        count_LME: pairs of each layer's experts (`PackedReports.count_LME`); None without MoE layers.
         gradients: whole, by parameter.
         layouts: how each parameter lies, in words.
     """
@@ -86,8 +86,7 @@ class Step:
     loss: float
     balance: dict[str, float]
     norm: float
-    asked_LE: Tensor | None
-    kept_LE: Tensor | None
+    count_LME: Tensor | None
     gradients: dict[str, Tensor]
     layouts: dict[str, str]
 
@@ -162,8 +161,7 @@ def take_step(
             loss=total.loss,
             balance={} if moe is None else dict(zip(moe.loss_names, moe.loss_LJ.sum(0).tolist(), strict=True)),
             norm=trainer.grad_norm,
-            asked_LE=None if moe is None else moe.count_LME[:, ASKED],
-            kept_LE=None if moe is None else moe.count_LME[:, KEPT],
+            count_LME=None if moe is None else moe.count_LME,
             gradients={name: whole(state[name]).detach().cpu().clone() for name in table},
             layouts=layouts,
         )
@@ -177,7 +175,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def compare(ours: Step, theirs: Step, precision: str) -> dict[str, Any]:
-    """The comparison as JSON: ``good``, the differences of the numbers, and every parameter's, the worst first."""
+    """The comparison as JSON: ``good``, the differences of the numbers, and every parameter's, the worst first.
+
+    ``last_wrong`` is the wrong gradient nearest to the loss: backward comes by it first, and those of earlier layers
+    inherit its fault.
+    """
     tolerance, floor = TOLERANCE[precision], FLOOR[precision]
     assert ours.gradients.keys() == theirs.gradients.keys(), "ranks and one device have unlike parameters"
     found = []
@@ -185,26 +187,26 @@ def compare(ours: Step, theirs: Step, precision: str) -> dict[str, Any]:
         largest = grad.abs().max().item() if grad.numel() else 0.0
         difference = (ours.gradients[name] - grad).abs().max().item() if grad.numel() else 0.0
         found.append(Difference(name, ours.layouts[name], largest, difference, max(tolerance * largest, floor)))
+    wrong = [one.name for one in found if not one.good]
     found.sort(key=lambda one: one.difference / one.limit if math.isfinite(one.difference) else math.inf, reverse=True)
     numbers = {"loss": (ours.loss, theirs.loss), "norm": (ours.norm, theirs.norm)}
     numbers |= {name: (value, theirs.balance[name]) for name, value in ours.balance.items()}
     close = {name: abs(a - b) <= tolerance * max(1.0, abs(b)) for name, (a, b) in numbers.items()}
+    pairs = compare_pairs(ours.count_LME, theirs.count_LME)
     return {
-        "good": all(one.good for one in found) and all(close.values()) and same_pairs(ours, theirs),
+        "good": not wrong and all(close.values()) and pairs["good"],
         "precision": precision,
         "tolerance": tolerance,
         "numbers": {name: {"ranks": a, "one_device": b, "good": close[name]} for name, (a, b) in numbers.items()},
-        "pairs": {"asked": num_pairs(ours.asked_LE), "kept": num_pairs(ours.kept_LE), "good": same_pairs(ours, theirs)},
+        "pairs": pairs,
+        "last_wrong": wrong[-1] if wrong else None,
         "parameters": [{**dataclasses.asdict(one), "good": one.good} for one in found],
     }
 
 
-def same_pairs(ours: Step, theirs: Step) -> bool:
-    """Whether each expert was asked for and has computed as many pairs."""
-    pairs = ((ours.asked_LE, theirs.asked_LE), (ours.kept_LE, theirs.kept_LE))
-    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-
-
-def num_pairs(count_LE: Tensor | None) -> int:
-    """Over all layers and experts."""
-    return 0 if count_LE is None else int(count_LE.sum())
+def compare_pairs(ours_LME: Tensor | None, theirs_LME: Tensor | None) -> dict[str, Any]:
+    """Whether each expert was asked for, has computed and has lost as many pairs; and how many there are."""
+    if ours_LME is None or theirs_LME is None:
+        return {"asked": 0, "kept": 0, "good": ours_LME is theirs_LME}
+    asked, kept = (int(ours_LME[:, place].sum()) for place in (ASKED, KEPT))
+    return {"asked": asked, "kept": kept, "good": torch.equal(ours_LME, theirs_LME)}

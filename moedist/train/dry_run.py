@@ -102,12 +102,13 @@ def dry_run(config: RunConfig, vocab_size: int, world_size: int) -> DryRun:
 
 
 def chosen_ranks(config: MeshConfig, world_size: int) -> list[int]:
-    """The first and the last rank of the first expert-parallel group, the first of the second, the last of all.
+    """The first and the last rank of the first expert-parallel group, the first of the second, the last of all; with
+    ``fsdp`` the first of the second replica too.
 
     >>> chosen_ranks(MeshConfig(ep=64), 1024)
     [0, 63, 64, 1023]
     """
-    wanted = {0, config.ep - 1, config.ep, world_size - 1}
+    wanted = {0, config.ep - 1, config.ep, config.fsdp or 0, world_size - 1}
     return sorted(rank for rank in wanted if rank < world_size)
 
 
@@ -117,7 +118,7 @@ def plan_rank(spread: SpreadModel, engine: Engine, mesh: Mesh) -> PlannedRank:
     layers = (module for module in spread.model.modules() if isinstance(module, MoELayer))
     return PlannedRank(
         rank=mesh.dp.rank,
-        groups={axis.name: axis.ranks for axis in (mesh.dp, mesh.ep, mesh.edp)},
+        groups={axis.name: axis.ranks for axis in mesh.axes()},
         experts={layer.layer: layer.bank.experts.expert_ids for layer in layers},
         shapes={name: tuple(local(parameter).shape) for name, parameter in parameters.items()},
         weight_bytes=num_bytes(parameters.values()),
@@ -160,7 +161,7 @@ def describe(plan: DryRun) -> list[str]:
         told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
         lines.append(f"  memory    {size_text(rank.total_bytes)}: {told}")
     lines += ["", *shape_table(plan), ""]
-    lines.append(f"check        all {plan.num_parameters:,} parameters lie exactly once on each set of pieces")
+    lines.append(f"check        all {plan.num_parameters:,} parameters are there, each exactly once in every copy")
     lines.append(f"not counted  {NOT_COUNTED}")
     lines.append(f"took         {plan.seconds:.1f} s")
     return lines

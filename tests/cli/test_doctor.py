@@ -29,6 +29,7 @@ def result(good: bool) -> dict[str, Any]:
         "numbers": {"loss": {"ranks": 1.5, "one_device": 1.5, "good": True}},
         "pairs": {"asked": 64, "kept": 60, "good": True},
         "parameters": [{"name": name, **sizes, "good": good or index > 0} for index, name in enumerate(names)],
+        "last_wrong": None if good else names[0],
         "data": "synthetic",
         "seconds": 1.0,
     }
@@ -41,8 +42,9 @@ def outcome() -> list[str]:
 
 
 @pytest.fixture
-def started(outcome: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def started(outcome: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What would have been started; the ranks' results are those set here."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     calls: list[dict[str, Any]] = []
 
     def run_ranks(ranks, launch, run_dir, target, *, lock=None, terminal=None) -> Status:
@@ -71,7 +73,7 @@ def test_what_is_not(started: list, outcome: list[str], capsys: Output):
     outcome.append("unequal")
     assert main(["doctor", "parity", *QUICK]) == 5
     said = capsys.readouterr().out
-    assert "UNEQUAL: 1 of 9 gradients, beyond 1e-12 x max|g| (fp64); moe.router.weight" in said
+    assert "UNEQUAL: 1 of 9 gradients, beyond 1e-12 x max|g| (fp64)\nlook first at moe.router.weight: " in said
     assert main(["doctor", "parity", "--json", *QUICK]) == 5
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"][0]["name"] == "moe.router.weight" and told["changes"] and not told["good"]

@@ -150,10 +150,14 @@ def test_1024_ranks_are_planned_on_one_machine(started: list, capsys: Output):
         "rank 0\n  dp        0-1023 (1024)\n  ep        0-63 (64)\n  edp       0, 64, ..., 960 (16)\n",
         "  experts   63 of layers 0-15\n  memory    8.604 GiB: weights 2.151 GiB, gradients 2.151 GiB, optimizer",
         "rank 64\n  dp        0-1023 (1024)\n  ep        64-127 (64)\n",
-        "check        all 6,919,161,856 parameters lie exactly once",
+        "check        all 6,919,161,856 parameters are there, each exactly once",
         "not counted  activations,",
     ):
         assert words in said
+    assert main([*command, "experiment=olmoe_1b_7b", "train.micro_batch=1", "mesh.fsdp=1024"]) == 0
+    cut = capsys.readouterr().out
+    assert "memory    0.101 GiB: weights 0.025 GiB" in cut and "fsdp      0-1023 (1024)\n  replicate 63 (1)\n" in cut
+    assert re.search(r"experts\.down +16 +\[64, 1024, 2048\] +1024 +1 +\[1, 64, 2048\]\n", cut)
     assert re.search(r"experts\.down +16 +\[64, 1024, 2048\] +64 +16 +\[1, 1024, 2048\]\n", said)
     assert started == []
 

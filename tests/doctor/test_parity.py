@@ -27,14 +27,16 @@ WORLD = 4
 GLOBAL = changed(CONFIG, moe={"balance": {"switch": SwitchConfig(0.3), "z_loss": ZLossConfig(0.1)}})
 
 
-def compared(here: Here, names: list[str], folder: str, ep: int, spoilt: bool = False) -> list[dict[str, Any]]:
+def compared(
+    here: Here, names: list[str], folder: str, ep: int, *, fsdp: int | None = None, spoilt: bool = False
+) -> list[dict[str, Any]]:
     """The comparisons, as rank 0 writes them."""
     results = []
     for name in names:
         run_dir = Path(folder, name)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         with ranks_forget_to_add() if spoilt else contextlib.nullcontext():
-            assert check_rank(case(name), run_dir, here.mesh_of(ep)) == 0, (run_dir / "status.json").read_text()
+            assert check_rank(case(name), run_dir, here.mesh_of(ep, fsdp)) == 0, (run_dir / "status.json").read_text()
         if here.rank == 0:
             results.append(json.loads((run_dir / RESULT).read_text()))
     return results
@@ -72,6 +74,10 @@ def wrong(result: dict[str, Any]) -> set[str]:
     return {one["name"].rpartition(".ffn.")[2] for one in result["parameters"] if not one["good"]}
 
 
+def in_block(result: dict[str, Any], block: int) -> list[dict[str, Any]]:
+    return [one for one in result["parameters"] if one["name"].startswith(f"blocks.{block}.")]
+
+
 @pytest.mark.parametrize("ep", [2, 4])
 def test_what_is_right_passes(ranks, tmp_path: Path, ep: int):
     for result in ranks(WORLD).run(compared, ["fast", "accumulated"], str(tmp_path), ep)[0]:
@@ -83,13 +89,20 @@ def test_what_is_right_passes(ranks, tmp_path: Path, ep: int):
         assert layouts["moe.bank.experts.up"] == f"{ep} pieces x {WORLD // ep} copies"
 
 
+def test_weights_that_are_cut_pass(ranks, tmp_path: Path):
+    for result in ranks(WORLD).run(compared, ["fast", "accumulated"], str(tmp_path), 2, fsdp=4)[0]:
+        assert result["good"], result
+        assert {one["layout"] for one in result["parameters"]} == {"4 pieces x 1 copies"}
+
+
 def test_what_is_wrong_is_named(ranks, tmp_path: Path):
     names = ["halved", "gateless", "own_ranks"]
     halved, gateless, own_ranks = ranks(WORLD).run(compared, names, str(tmp_path), 2)[0]
-    assert wrong(halved) == {"moe.bank.experts.down"}
+    assert wrong(halved) == {"moe.bank.experts.down"} and halved["last_wrong"].startswith("blocks.2.")
     assert halved["parameters"][0]["difference"] == pytest.approx(halved["parameters"][0]["largest"] / 2)
     assert halved["numbers"]["loss"]["good"] and not halved["numbers"]["norm"]["good"]
-    assert gateless["parameters"][0]["name"].endswith("moe.router.weight") and not gateless["good"]
+    assert gateless["last_wrong"] == "blocks.2.ffn.moe.router.weight" and not gateless["good"]
+    assert "moe.bank.experts.down" not in wrong({"parameters": in_block(gateless, 2)})
     assert gateless["numbers"]["loss"]["good"] and gateless["pairs"]["good"]
     assert not own_ranks["numbers"]["own_ranks"]["good"] and "moe.router.weight" in wrong(own_ranks)
 

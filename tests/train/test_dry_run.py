@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import nn
 
 from moedist.mesh import MeshConfig
 from moedist.mesh.fake import fake_mesh
+from moedist.moe.experts.loop import LoopConfig
 from moedist.train.build import build_engine, build_model
 from moedist.train.dry_run import DryRun, chosen_ranks, dry_run, num_bytes, tensors
 from moedist.train.layout import Layout, check_cover, check_whole
 from tests.ranks import Here
-from tests.train.tiny import CONFIG, in_folder
+from tests.train.tiny import CONFIG, changed, in_folder
 
 VOCAB_SIZE = CONFIG.data.vocab_size
 
@@ -27,15 +29,15 @@ def plan_of(world_size: int, **mesh: Any) -> DryRun:
 
 
 def changed_mesh(config: Any, **mesh: Any) -> Any:
-    import dataclasses
-
     return dataclasses.replace(config, mesh=MeshConfig(**mesh))
 
 
-def held(here: Here, ep: int) -> tuple[dict[str, tuple[int, ...]], list[int], list[tuple[int, ...]], dict[str, Any]]:
+def held(
+    here: Here, ep: int, fsdp: int | None
+) -> tuple[dict[str, tuple[int, ...]], list[int], list[tuple[int, ...]], dict[str, Any]]:
     """Local shapes, bytes, experts and groups of a real rank after its engine has made the optimizer's state."""
-    mesh = here.mesh_of(ep)
-    config = changed_mesh(CONFIG, ep=ep)
+    mesh = here.mesh_of(ep, fsdp)
+    config = changed_mesh(CONFIG, ep=ep, fsdp=fsdp)
     spread = build_model(config, VOCAB_SIZE, mesh)
     engine = build_engine(config, spread, mesh)
     locals_of = {
@@ -45,14 +47,14 @@ def held(here: Here, ep: int) -> tuple[dict[str, tuple[int, ...]], list[int], li
     state = engine.state()
     sizes = [sum(part.nbytes for part in locals_of.values()), num_bytes(tensors(state["optimizer"]))]
     experts = [tuple(block.ffn.moe.bank.experts.expert_ids) for block in spread.model.blocks[1:]]
-    groups = {axis.name: tuple(dist.get_process_group_ranks(axis.group)) for axis in (mesh.dp, mesh.ep, mesh.edp)}
+    groups = {axis.name: tuple(dist.get_process_group_ranks(axis.group)) for axis in mesh.axes()}
     return {name: tuple(part.shape) for name, part in locals_of.items()}, sizes, experts, groups
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_a_plan_is_what_real_ranks_hold(ranks, ep: int):
-    real = ranks(4).run(held, ep)
-    plan = plan_of(4, ep=ep)
+@pytest.mark.parametrize(("ep", "fsdp"), [(1, None), (2, None), (4, None), (2, 4), (2, 2), (1, 4)])
+def test_a_plan_is_what_real_ranks_hold(ranks, ep: int, fsdp: int | None):
+    real = ranks(4).run(held, ep, fsdp)
+    plan = plan_of(4, ep=ep, fsdp=fsdp)
     assert [rank.rank for rank in plan.ranks] == {1: [0, 1, 3], 2: [0, 1, 2, 3], 4: [0, 3]}[ep]
     for rank in plan.ranks:
         shapes, sizes, experts, groups = real[rank.rank]
@@ -72,6 +74,21 @@ def test_eight_ranks_add_up_to_the_model():
     assert plan.parameters["head.weight"] == Layout((VOCAB_SIZE, 16), pieces=1, copies=8)
     whole = CONFIG.model.build(VOCAB_SIZE, CONFIG.moe, device="meta")
     assert plan.num_parameters == sum(parameter.numel() for parameter in whole.parameters())
+
+
+def test_pieces_of_six_ranks_that_divide_nothing_evenly():
+    """Neither the width nor the experts' own divides by 3: an expert rank's 4 experts are cut into 2, 2 and none."""
+    config = changed(changed_mesh(CONFIG, ep=2, fsdp=6), moe={"experts": LoopConfig(hidden_dim=13)})
+    plan = dry_run(config, VOCAB_SIZE, 6)
+    up = "blocks.1.ffn.moe.bank.experts.up"
+    assert plan.parameters[up] == Layout((8, 16, 13), pieces=6, copies=1)
+    assert [rank.shapes[up] for rank in plan.ranks] == [(2, 16, 13), (2, 16, 13), (2, 16, 13), (0, 16, 13)]
+    assert plan.parameters["norm.weight"] == Layout((16,), pieces=6, copies=1)
+    assert [rank.shapes["norm.weight"] for rank in plan.ranks] == [(3,), (3,), (3,), (1,)]
+
+
+def test_replicas_add_a_rank_to_the_plan():
+    assert [rank.rank for rank in plan_of(16, ep=2, fsdp=8).ranks] == [0, 1, 2, 8, 15]
 
 
 def test_a_plan_leaves_nothing_behind():
