@@ -138,7 +138,8 @@ def compose_onto(saved: Mapping[str, Any], overrides: Sequence[str] = ()) -> Com
 
 
 def _settle(composed: DictConfig) -> Composed:
-    """Resolves and decodes what was composed."""
+    """Completes, resolves and decodes what was composed."""
+    composed = with_layers_completed(composed)
     try:
         resolved = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
         mapping = typing.cast("dict[str, Any]", _without_secrets(composed, resolved))
@@ -149,6 +150,38 @@ def _settle(composed: DictConfig) -> Composed:
     except ConfigErrors as errors:
         raise ConfigErrors(_hide_secret(error, mapping) for error in errors.errors) from None
     return Composed(config, mapping)
+
+
+def with_layers_completed(composed: DictConfig) -> DictConfig:
+    """Fills up the MoE layers of single blocks: what such a ``moe`` leaves out is the run's own ``moe``, so that a
+    block names only what differs (``{ffn: {kind: moe, moe: {capacity: {factor: 2.0}}}}``). A part of another kind is
+    not mixed with the run's.
+    """
+    plain = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
+
+    def complete(value: Any) -> Any:
+        if isinstance(value, list):
+            return [complete(inner) for inner in value]
+        if not isinstance(value, dict):
+            return value
+        completed = {key: complete(inner) for key, inner in value.items()}
+        if isinstance(completed.get("moe"), dict):
+            completed["moe"] = _changed(plain["moe"], completed["moe"])
+        return completed
+
+    return OmegaConf.create({**plain, "model": complete(plain["model"])})
+
+
+def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with other values, branch by branch."""
+
+    def value_of(key: str) -> Any:
+        was, now = base.get(key), changes[key]
+        if not isinstance(was, dict) or not isinstance(now, dict) or now.get("kind") not in (None, was.get("kind")):
+            return now
+        return _changed(was, now)
+
+    return {**base, **{key: value_of(key) for key in changes}}
 
 
 def compose_yaml(overrides: Sequence[str] = ()) -> DictConfig:

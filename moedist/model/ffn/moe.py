@@ -19,7 +19,8 @@ class MoEFFNConfig(FFNConfig):
     """A MoE layer.
 
     Attributes:
-        moe: the layer; None for the run's own (``moe``).
+        moe: the layer; None for the run's own (``moe``). In a run's configuration it says only what differs from that
+            (`moedist.launch.compose.with_layers_completed`).
     """
 
     moe: MoEConfig | None = None
