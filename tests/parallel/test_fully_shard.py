@@ -36,6 +36,7 @@ from moedist.train.optimizer.adamw import AdamWConfig
 from moedist.train.trainer import Trainer
 from tests.parity import NUM_EXPERTS, SCENES, compare, many_ranks, one_device
 from tests.ranks import Here
+from tests.train.measure import Steps, on_global_batch, on_one_device, run_steps, whole
 from tests.train.tiny import CONFIG, LENGTH, ROWS, changed, digest_of, leaves, make_trainer
 
 LAYOUTS = [(1, None), (2, None), (4, None), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4)]
@@ -44,72 +45,13 @@ CUT = [(ep, fsdp) for ep, fsdp in LAYOUTS if fsdp is not None]
 STEPS = 2
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The values of all ranks' pieces."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def on_global_batch(config: RunConfig, accumulation: int) -> RunConfig:
-    """``accumulation`` micro-steps of 4 ranks, or of one device the four-fold."""
-    return changed(config, train={"global_batch_tokens": 4 * accumulation * ROWS * LENGTH})
-
-
-@dataclasses.dataclass
-class Steps:
-    """First values, the first step's gradients, each step's loss and norm before the clip, last values."""
-
-    first: dict[str, Tensor]
-    grads: dict[str, Tensor]
-    losses: list[float]
-    norms: list[float]
-    last: dict[str, Tensor]
-
-
-def run_steps(trainer: Trainer, steps: int = STEPS) -> Steps:
-    """Steps of the real trainer, and what became of every parameter."""
-    first = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
-    found = Steps(first, {}, [], [], {})
-
-    def keep(optimizer: object, args: object, kwargs: object) -> None:
-        if not found.grads:
-            # The hook sees clipped gradients; undo it, so that a wrong norm does not look like a wrong gradient.
-            scale = max(trainer.grad_scale, 1.0)
-            found.grads = {n: whole(p.grad) * scale for n, p in trainer.model.named_parameters()}
-
-    trainer.engine.optimizer.register_step_pre_hook(keep)
-    real_norm = trainer.engine.gradients.norm
-
-    def norm(model: nn.Module) -> Tensor:
-        value = real_norm(model)
-        trainer.grad_scale = value.item() / trainer.config.train.clip_norm
-        return value
-
-    object.__setattr__(trainer.engine.gradients, "norm", norm)
-    loader = trainer.loader()
-    for _ in range(steps):
-        assert trainer.step(loader)
-        found.losses.append(trainer.tally.reduce(trainer.mesh.dp).loss)
-        found.norms.append(trainer.grad_norm)
-    found.last = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
-    return found
-
-
-def plain(config: RunConfig) -> RunConfig:
-    """The same with the obvious twins."""
-    return changed(config, moe={"bank": LocalConfig(), "experts": LoopConfig(hidden_dim=12)})
-
-
-def on_one_device(config: RunConfig) -> Steps:
-    return run_steps(make_trainer(plain(config), config.data.open(), Mesh.alone()))
-
-
 def train(here: Here, config: RunConfig) -> list[tuple[Steps, list[str]]]:
     """Of layouts: what the steps did, and names of the parameters that differ between replicas after them."""
     source, results = config.data.open(), []
     for ep, fsdp in LAYOUTS if config.train.accumulation(4) == 1 else [(2, None), *CUT[2:]]:
         mesh = here.mesh_of(ep, fsdp)
         trainer = make_trainer(config, source, mesh)
-        steps = run_steps(trainer)
+        steps = run_steps(trainer, STEPS)
         apart = []
         for name, parameter in trainer.model.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -123,7 +65,7 @@ def train(here: Here, config: RunConfig) -> list[tuple[Steps, list[str]]]:
 def test_every_layout_equals_one_device(ranks, accumulation: int):
     """Pitfalls 1, 2, 3, 6 and 7, with dropping, noise and the clip on: first values, gradients, losses, norms."""
     config = on_global_batch(CONFIG, accumulation)
-    expected = on_one_device(config)
+    expected = on_one_device(config, STEPS)
     assert max(expected.norms) > CONFIG.train.clip_norm, "the clip must act"
     for by_rank in zip(*ranks(4).run(train, config, limit_s=300), strict=True):
         assert all(steps.norms == by_rank[0][0].norms for steps, _ in by_rank), "the same number on every rank"
