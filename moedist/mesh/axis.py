@@ -40,9 +40,14 @@ class Axis:
     def group(self) -> ProcessGroup:
         """The live process group; asked for at each use, never stored."""
         assert self.group_name is not None, f"axis {self.name} has no process group"
-        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+        return process_group(self.group_name)
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Global ranks on the line, in its order."""
         return (0,) if self.group_name is None else tuple(dist.get_process_group_ranks(self.group))
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The live process group of a name."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]

@@ -1,6 +1,9 @@
 """The collectives of the whole project, each over an `Axis`; outside mesh/ and moe/dispatch/ nobody calls torch's.
 
 All are bounded in time by the process group's time-out (``mesh.timeout_s``).
+
+Those that a model calls are operators of torch's own (``moedist::all_to_all``, ``moedist::all_sum_``), known by the
+group's name: a compiled graph holds them whole, and selective recomputation can keep what one has received.
 """
 
 from __future__ import annotations
@@ -12,13 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moedist.mesh.axis import Axis
+from moedist.mesh.axis import Axis, process_group
+
+
+@torch.library.custom_op("moedist::all_sum_", mutates_args=("tensor",))
+def _all_sum(tensor: Tensor, group_name: str) -> None:
+    dist.all_reduce(tensor, dist.ReduceOp.SUM, group=process_group(group_name))
 
 
 def all_sum(tensor: Tensor, axis: Axis) -> Tensor:
-    """Sums ``tensor`` over the axis, in place; returns it."""
+    """Sums ``tensor`` over the axis, in place; returns it. Not differentiable."""
     if axis.group_name is not None:
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=axis.group)
+        _all_sum(tensor, axis.group_name)
     return tensor
 
 
@@ -29,13 +37,30 @@ def all_max(tensor: Tensor, axis: Axis) -> Tensor:
     return tensor
 
 
+@torch.library.custom_op("moedist::all_to_all", mutates_args=())
+def _all_to_all(send: Tensor, group_name: str, send_sizes: list[int] | None, receive_sizes: list[int] | None) -> Tensor:
+    received = _room(send, receive_sizes)
+    dist.all_to_all_single(received, send.contiguous(), receive_sizes, send_sizes, group=process_group(group_name))
+    return received
+
+
+@_all_to_all.register_fake
+def _(send: Tensor, group_name: str, send_sizes: list[int] | None, receive_sizes: list[int] | None) -> Tensor:
+    return _room(send, receive_sizes)
+
+
+def _room(send: Tensor, receive_sizes: list[int] | None) -> Tensor:
+    num_rows = send.shape[0] if receive_sizes is None else sum(receive_sizes)
+    return send.new_empty((num_rows, *send.shape[1:]))
+
+
 def all_to_all(
     send: Tensor, axis: Axis, send_sizes: list[int] | None = None, receive_sizes: list[int] | None = None
 ) -> Tensor:
     """Exchanges blocks of rows: block ``i`` of ``send`` goes to rank ``i`` of the axis.
 
     Args:
-        send: [rows, ...], contiguous, its blocks in the order of the axis.
+        send: [rows, ...], its blocks in the order of the axis.
         send_sizes, receive_sizes: rows per rank; None for equal blocks.
 
     Returns:
@@ -43,10 +68,7 @@ def all_to_all(
     """
     if axis.group_name is None:
         return send
-    num_rows = send.shape[0] if receive_sizes is None else sum(receive_sizes)
-    received = send.new_empty((num_rows, *send.shape[1:]))
-    dist.all_to_all_single(received, send.contiguous(), receive_sizes, send_sizes, group=axis.group)
-    return received
+    return _all_to_all(send, axis.group_name, send_sizes, receive_sizes)
 
 
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:

@@ -3,7 +3,8 @@
 from moedist.parallel.fully_shard import release, sum_replicas
 from moedist.parallel.gradients import GradientTable, ParameterSpread
 from moedist.parallel.guest import clip_gradients, spread_as_guest
-from moedist.parallel.spread import recompute_in_backward, spread
+from moedist.parallel.recompute import recompute_in_backward
+from moedist.parallel.spread import spread
 
 __all__ = [
     "GradientTable",

@@ -18,12 +18,12 @@ from torch.utils import _pytree
 
 from moedist.mesh import FullyShard
 from moedist.model.contract import LanguageModel
-from moedist.moe.experts.contract import Rows
 from moedist.moe.layer import MoELayer, MoEOutput
+from moedist.moe.plan import CapacityPlan
 from moedist.moe.report import MoEReport
 from moedist.moe.router.contract import Routing
 
-for _type in (Rows, Routing, MoEOutput, MoEReport):
+for _type in (CapacityPlan, Routing, MoEOutput, MoEReport):
     # FSDP hooks the tensors with gradient that enter and leave a unit. Older ones look for them as pytrees alone: a
     # balance loss that it does not see would start a backward whose weights nobody gathers.
     _pytree.register_dataclass(_type)
@@ -37,8 +37,8 @@ def shard_weights(
 ) -> set[str]:
     """Cuts every parameter over the axes, in place, experts' after they are DTensors over ``ep``; builds on meta.
 
-    Units: each router (in the dtype of its weights, whatever the others compute in), each layer's experts, each of
-    ``LanguageModel.units``, and the rest. No unit casts what it takes or returns: a report's fp32 stays fp32.
+    Units: each router (in the dtype of its weights, whatever the others compute in), each layer's bank of experts,
+    each of ``LanguageModel.units``, and the rest. No unit casts what it takes or returns: a report's fp32 stays fp32.
 
     Args:
         model: a `LanguageModel`, or any module with MoE layers.
@@ -70,7 +70,8 @@ def shard_weights(
 
     for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
         shard(layer.router, axes.dense, own)
-        shard(layer.bank.experts, axes.experts, narrow)
+        # Around the bank, so that no hook runs inside what is recomputed.
+        shard(layer.bank, axes.experts, narrow)
     for part in model.units() if isinstance(model, LanguageModel) else ():
         shard(part, axes.dense, narrow)
     shard(model, axes.dense, narrow)

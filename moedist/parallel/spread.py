@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import checkpoint
 
 from moedist.mesh import Mesh
 from moedist.moe.layer import MoELayer
@@ -63,13 +60,3 @@ def _shard(experts: nn.Module, mesh: Mesh) -> None:
     for name, value in list(experts.named_parameters(recurse=False)):
         sharded = DTensor.from_local(value.detach(), ep, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(sharded, requires_grad=value.requires_grad))
-
-
-def recompute_in_backward(model: nn.Module, targets: tuple[type[nn.Module], ...]) -> None:
-    """Forgets the activations inside every module of the given types and recomputes them in backward; in place.
-
-    For attention and banks only. A router, a plan or a loss must never be recomputed: it could route other pairs.
-    """
-    for module in model.modules():
-        if isinstance(module, targets):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

@@ -8,11 +8,9 @@ import torch
 
 from moedist.engine.contract import Engine
 from moedist.mesh import Mesh
-from moedist.model.attention.contract import Attention
 from moedist.model.contract import LanguageModel
 from moedist.model.init import init_weights
 from moedist.model.size import ModelSize, model_size, train_flops_per_token
-from moedist.moe.bank.contract import Bank
 from moedist.parallel import GradientTable, recompute_in_backward, spread
 from moedist.train.config import RunConfig
 
@@ -52,8 +50,8 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     if mesh.device.type != "meta":
         model.to_empty(device=mesh.device)
         init_weights(model, config.seed)
-    if config.train.activation_checkpointing:
-        recompute_in_backward(model, (Attention, Bank))
+    if config.train.activation_checkpointing != "none":
+        recompute_in_backward(model, config.train.activation_checkpointing)
     return SpreadModel(model, gradients, size, flops_per_token)
 
 

@@ -91,8 +91,9 @@ class TrainConfig(Config):
         global_batch_tokens: positions per optimizer step over all ranks; accumulation is derived from it. None for
             one micro-step.
         precision: ``fp32``, ``bf16`` (autocast; weights, router and losses stay fp32) or ``fp64`` (proofs).
-        activation_checkpointing: recompute attention and experts in backward; the router, the capacity plan and the
-            losses are never recomputed.
+        activation_checkpointing: what backward computes again inside attentions and banks of experts: ``none``,
+            ``full`` (all of it, exchanges of rows included) or ``selective`` (all but matrix products, attention
+            scores and exchanges). The router, the capacity plan and the losses are never computed again.
         clip_norm: largest norm of the whole model's gradient; None for no clip.
         log_every, eval_every, checkpoint_every: steps between them; None for never. A run ends with a last log record,
             a last evaluation and a last checkpoint where they are on.
@@ -106,7 +107,7 @@ class TrainConfig(Config):
     micro_batch: int = 8
     global_batch_tokens: int | None = None
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
     clip_norm: float | None = 1.0
     log_every: int | None = 10
     eval_every: int | None = 200

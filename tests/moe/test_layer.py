@@ -11,11 +11,13 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moedist.config import ConfigError
+from moedist.mesh import MeshConfig
+from moedist.mesh.fake import fake_mesh
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
-from moedist.moe.bank.contract import Bank
 from moedist.moe.bank.local import LocalConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
@@ -109,10 +111,10 @@ def test_values_as_logged():
         -(routing.probs_TE * routing.probs_TE.log()).sum(1).mean().item() / torch.tensor(4.0).double().log().item()
     )
     for pieces in (1, 4):
-        for recompute in (False, True):
+        for recompute in ("none", "full", "selective"):
             layer = config.build(DIM, dtype=torch.float64)
-            if recompute:
-                recompute_in_backward(layer, (Bank,))
+            if recompute != "none":
+                recompute_in_backward(layer, recompute)
             losses, asked_E, heat = {"switch": 0.0, "z_loss": 0.0}, torch.zeros(4, dtype=torch.int64), 0.0
             for index, part_TD in enumerate(x_TD.chunk(pieces)):
                 rows = 4 // pieces
@@ -205,17 +207,17 @@ TIES = MoEConfig(
 )
 
 
-def recomputed(here: Here, dispatch: str) -> float:
+def recomputed(here: Here, dispatch: str, fsdp: int | None) -> float:
     """Largest difference of a gradient with and without recomputation, on inputs full of ties, with noise and drops."""
-    mesh = here.mesh_of(2)
+    mesh = here.mesh_of(2, fsdp)
     found = []
-    for recompute in (False, True):
+    for recompute in ("none", "full", "selective"):
         layer = dataclasses.replace(TIES, dispatch=DISPATCHES[dispatch]).build(DIM, dtype=torch.float64)
         spread(layer, mesh)
         with torch.no_grad():
             layer.router.weight.copy_(layer.router.weight.mul(2).round().div(2))
-        if recompute:
-            recompute_in_backward(layer, (Bank,))
+        if recompute != "none":
+            recompute_in_backward(layer, recompute)
         x_TD, ctx = batch(here.rank, dtype=torch.float64, seed=3, step=5)
         x_TD = x_TD.round().requires_grad_()
         objective(layer(x_TD, ctx)).backward()
@@ -223,13 +225,47 @@ def recomputed(here: Here, dispatch: str) -> float:
             [x_TD.grad, *(p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in layer.parameters())]
         )
     assert found[0][0].abs().max() > 1e-3
-    return max((one - other).abs().max().item() for one, other in zip(*found, strict=True))
+    return max(
+        (one - other).abs().max().item() for again in found[1:] for one, other in zip(found[0], again, strict=True)
+    )
 
 
+@pytest.mark.parametrize("fsdp", [None, 2])
 @pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_recomputation_routes_and_lays_out_the_same(ranks, dispatch):
+def test_recomputation_routes_and_lays_out_the_same(ranks, dispatch, fsdp):
     """Pitfalls 17 and 17b."""
-    assert ranks(2).run(recomputed, dispatch) == [0.0, 0.0]
+    assert ranks(2).run(recomputed, dispatch, fsdp) == [0.0, 0.0]
+
+
+def work(recompute: str) -> tuple[int, int]:
+    """Matrix products and exchanges of a backward pass on rank 0 of 2."""
+
+    class Count(TorchDispatchMode):
+        products = exchanges = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.products += op.name() in ("aten::mm", "aten::bmm", "aten::addmm", "aten::_grouped_mm")
+            self.exchanges += op.name() == "moedist::all_to_all"
+            return op(*args, **(kwargs or {}))
+
+    layer = dataclasses.replace(TIES, dispatch=PaddedConfig()).build(DIM)
+    with fake_mesh(MeshConfig(ep=2), rank=0, world_size=2) as mesh:
+        spread(layer, mesh)
+        if recompute != "none":
+            recompute_in_backward(layer, recompute)
+        x_TD, ctx = batch()
+        loss = objective(layer(x_TD.requires_grad_(), ctx))
+        with Count() as count:
+            loss.backward()
+        return count.products, count.exchanges
+
+
+def test_what_backward_does_again():
+    """``selective`` multiplies and exchanges no more than without recomputation; ``full`` as the forward did, too."""
+    products, exchanges = work("none")
+    assert work("selective") == (products, exchanges)
+    again, also = work("full")
+    assert also == exchanges + 2 and again > products
 
 
 def starved(here: Here, ep: int, dispatch: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moedist.mesh import Mesh
 from moedist.mesh.collectives import all_gather
 from moedist.mesh.slow import slow_axis
 from moedist.model.contract import StepContext
-from moedist.moe.bank.local import LocalConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
@@ -33,11 +30,10 @@ from moedist.train.checkpoint import CheckpointStore
 from moedist.train.config import RunConfig
 from moedist.train.evaluate import evaluate
 from moedist.train.optimizer.adamw import AdamWConfig
-from moedist.train.trainer import Trainer
 from tests.parity import NUM_EXPERTS, SCENES, compare, many_ranks, one_device
 from tests.ranks import Here
 from tests.train.measure import Steps, on_global_batch, on_one_device, run_steps, whole
-from tests.train.tiny import CONFIG, LENGTH, ROWS, changed, digest_of, leaves, make_trainer
+from tests.train.tiny import CONFIG, changed, digest_of, leaves, make_trainer
 
 LAYOUTS = [(1, None), (2, None), (4, None), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4)]
 """(ep, fsdp) on 4 ranks."""

@@ -46,7 +46,7 @@ def loader_of(world: int, rank: int, accumulation: int) -> Loader:
 
 def biases(here: Here, ep: int, accumulation: int, recompute: bool) -> list[dict[str, torch.Tensor]]:
     """Bias and global counts of every layer after each of two steps, an evaluation between them."""
-    config = changed(BIASED, train={"activation_checkpointing": recompute})
+    config = changed(BIASED, train={"activation_checkpointing": "selective" if recompute else "none"})
     mesh, found = here.mesh_of(ep), []
     trainer = make_trainer(config, config.data.open(), mesh)
     for _ in range(2):

@@ -53,6 +53,7 @@ def cases(world: int, precision: str) -> Iterator[Case]:
     that holds every three of them together, a part of it in fp32. Then other cuts."""
     policies = itertools.cycle(("probability", "choice", "token", "random"))
     experts = itertools.cycle((CONFIG.moe.experts, GroupedConfig(hidden_dim=12)))
+    again = itertools.cycle(("full", "selective"))
     accumulations = (1, 4, 2) if world == 2 else (1, 4)  # (2 ranks, 2 and 4) and (4 ranks, 1) share micro-batches
     if precision == "fp32":
         accumulations = (4,)
@@ -64,7 +65,7 @@ def cases(world: int, precision: str) -> Iterator[Case]:
         factor, dispatch = (0.5, 1.0)[places[2]], dispatchers[places[3]]
         config = changed(
             BARE,
-            train={"activation_checkpointing": recompute, "precision": precision},
+            train={"activation_checkpointing": next(again) if recompute else "none", "precision": precision},
             capacity={"factor": factor, "drop_policy": next(policies) if factor == 1.0 else "probability"},
             moe={"dispatch": dispatch, "experts": next(experts), "shared_hidden_dim": 6 if recompute else None},
             model={"tie_embeddings": recompute},
@@ -117,7 +118,7 @@ def reference(case: Case, world: int, known: dict[str, Reference]) -> Reference:
     plain = changed(
         case.config, moe={"bank": LocalConfig(), "experts": CONFIG.moe.experts, "dispatch": AllToAllConfig()}
     )
-    plain = changed(plain, train={"activation_checkpointing": False})
+    plain = changed(plain, train={"activation_checkpointing": "none"})
     micro_batch = {"same": ROWS, "sequence": 1, "micro_step": world * ROWS}[case.cut]
     num_rows = world * case.accumulation * ROWS
     key = f"{num_rows} {micro_batch} {plain}"
