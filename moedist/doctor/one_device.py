@@ -31,7 +31,7 @@ from moedist.train.config import RunConfig
 def on_one_device(config: RunConfig, num_ranks: int) -> RunConfig:
     """The same global batch on one rank, with local banks, experts in a loop and the native engine."""
     train = dataclasses.replace(
-        config.train, micro_batch=config.train.micro_batch * num_ranks, activation_checkpointing=False
+        config.train, micro_batch=config.train.micro_batch * num_ranks, activation_checkpointing="none"
     )
     plain = dataclasses.replace(config, train=train, engine=NativeConfig(), mesh=MeshConfig(device=config.mesh.device))
     with warnings.catch_warnings():
