@@ -29,6 +29,7 @@ FREE_KEYS = (
     "run",
     "launch",
     "mesh",
+    "engine",
     "log",
     "checkpoint",
     "train.steps",
