@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moedist.config import require
 from moedist.data.check import open_data
 from moedist.data.contract import Source
 from moedist.doctor.one_device import on_one_device, run_in_blocks
@@ -49,12 +50,12 @@ class ShownGradients(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Shows; learning rates have no part in it."""
+        """Shows; at rate zero it moves nothing, as other optimizers, which engines use to make their state."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                self.state[parameter]["step"] = torch.ones(())
+                if parameter.grad is not None and group["lr"] != 0:
                     parameter.copy_(parameter.grad)
-                    self.state[parameter]["shown"] = torch.ones(())  # an engine makes a state where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,13 @@ def take_step(
     trainer = Trainer(config, mesh, source, spread, store, StopRequest(), watchdog, Progress("parity"), {})
     trainer.model.train()
     try:
+        require(
+            "optimizer" not in (trainer.engine.settings() or {}),
+            "engine.config",
+            config.engine.kind,
+            "brings an optimizer of its own, which shows no gradients",
+            "Check it without: gradients do not depend on the optimizer.",
+        )
         assert trainer.step(trainer.loader())
         total = trainer.tally.reduce(mesh.dp)
         state = trainer.engine.state()["model"]

@@ -136,6 +136,7 @@ def saved_and_loaded(here: Here, folder: str) -> bool:
     return all(torch.equal(whole(weight), weights[name]) for name, weight in state.items())
 
 
+@pytest.mark.pitfall("29")
 def test_a_checkpoint_at_another_ep(ranks, tmp_path):
     """Pitfall 29, in somebody else's own way to save."""
     assert all(ranks(WORLD).run(saved_and_loaded, str(tmp_path / "checkpoint")))

@@ -88,6 +88,7 @@ print("left", flush=True)
 """
 
 
+@pytest.mark.pitfall("37")
 def test_a_missing_rank_ends_the_wait_and_the_exit_is_clean():
     """Pitfall 37: the time-out reaches the group of the expert-parallel axis too."""
     with socket.socket() as free:

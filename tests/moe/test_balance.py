@@ -31,6 +31,7 @@ def with_probs(routing, probs_TE):
     return dataclasses.replace(routing, probs_TE=torch.as_tensor(probs_TE, dtype=torch.float64))
 
 
+@pytest.mark.pitfall("10")
 def test_hand_value():
     """Pitfall 10: tokens [3, 2, 2, 1] / 8 and mass [.4, .3, .2, .1] give 1.15."""
     routing = with_probs(routing_of([[0]] * 3 + [[1]] * 2 + [[2]] * 2 + [[3]], 4), [[0.4, 0.3, 0.2, 0.1]] * 8)
@@ -66,6 +67,7 @@ def test_empty_batch_gives_0_and_a_zero_gradient(shape, scope):
     assert total.item() == 0 and (logits_TE.grad == 0).all()
 
 
+@pytest.mark.pitfall("11")
 def test_counted_before_the_drop():
     """Pitfall 11: at a full expert the loss still says what was asked, and its gradient lives."""
     rows = [[3.0, 1.0, 0.0, 0.0]] * 6 + [[0.0, 3.0, 0.0, 0.0]] * 2
@@ -100,6 +102,7 @@ def test_z_loss_by_hand_and_without_padding():
     assert ZLossConfig().build(2)(routing, dropless(routing, ctx), ctx).item() == pytest.approx(expected.item())
 
 
+@pytest.mark.pitfall("16")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_padding_changes_no_loss(scope):
     """Pitfall 16."""
@@ -127,6 +130,7 @@ def test_scopes_weigh_their_groups_by_tokens():
     assert switch(routing, ctx, "micro_batch").item() == pytest.approx(2 * (0.75 * 0.75 + 0.25 * 0.25))
 
 
+@pytest.mark.pitfall("9")
 def test_sequence_scope_doesn_t_depend_on_the_cut_of_the_batch():
     """Pitfall 9: rows as one micro-batch or as four, over accumulation and over data-parallel ranks alike."""
     logits_TE = torch.randn(32, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -170,6 +174,7 @@ def scoped_gradient(here: Here, scope: str, ep: int) -> tuple[float, torch.Tenso
     return all_sum(total.detach(), mesh.dp).item(), layer.router.weight.grad
 
 
+@pytest.mark.pitfall("9")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_value_and_gradient_don_t_depend_on_ep(ranks, scope):
     """Pitfall 9, and P9: input gradients equal over layouts."""
@@ -200,6 +205,7 @@ def one_process(scope: str) -> tuple[float, torch.Tensor]:
     return total.item(), layer.router.weight.grad
 
 
+@pytest.mark.pitfall("9")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_ranks_equal_one_process(ranks, scope):
     """Pitfall 9: four data-parallel ranks and one device, for each scope's own groups."""

@@ -44,6 +44,7 @@ def test_no_load_moves_nothing(update):
     assert moved(BiasConfig(update=update), [0.5, -0.5], [0, 0]) == [0.5, -0.5]
 
 
+@pytest.mark.pitfall("13")
 def test_counts_that_bf16_and_fp32_would_confuse():
     """Pitfall 13: 40,960 reads 39,424 in bf16, and 2^24 + 1 reads 2^24 in fp32; the sign must see the difference."""
     base = 2**24
@@ -110,6 +111,7 @@ def test_importance(scope):
     assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.pitfall("10")
 def test_schedule_of_a_coefficient():
     """Linear between its ends, constant after them, and applied once (pitfall 10)."""
     config = ZLossConfig(0.1, final_coefficient=0.5, coefficient_steps=4)

@@ -40,6 +40,7 @@ def both(limit: Limit, num_tokens: int, top_k: int, num_experts: int, step: int 
     return value
 
 
+@pytest.mark.pitfall("20")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_formulas(name):
     """Pitfall 20: each preset's keys say what its project computes."""
@@ -86,6 +87,7 @@ def test_schedule_and_evaluation():
     assert config.without_limit().dropless
 
 
+@pytest.mark.pitfall("26")
 def test_a_long_schedule_doesn_t_overflow():
     """Pitfall 26."""
     limit = CapacityConfig(factor=4 / 3, final_factor=999.999, factor_steps=10**6).limit(training=True)

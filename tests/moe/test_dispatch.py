@@ -225,6 +225,7 @@ def ragged(here: Here, factor: float | None) -> tuple[int, bool, int]:
     return sum(sent), whole, int(output.report.kept_E.sum())
 
 
+@pytest.mark.pitfall("5", "22")
 @pytest.mark.parametrize("factor", [1.25, None])
 def test_uneven_tokens_over_ranks(ranks, factor):
     """Pitfalls 5 and 22."""
@@ -305,6 +306,7 @@ def held_by(here: Here, kind: str) -> list[str]:
     return sorted(set(held))
 
 
+@pytest.mark.pitfall("37")
 @pytest.mark.parametrize("kind", DISPATCHES)
 def test_no_process_group_is_held(ranks, kind):
     """Pitfall 37: one kept alive by a graph aborts at exit."""
@@ -326,6 +328,7 @@ def exchanged_gradient(here: Here) -> bool:
     return torch.equal(x_RD.grad, expected)
 
 
+@pytest.mark.pitfall("7b")
 def test_a_transposed_gradient_is_exchanged_right(ranks):
     """Pitfall 7b."""
     assert ranks(2).run(exchanged_gradient) == [True, True]

@@ -52,6 +52,7 @@ SIZES = {"uneven": (3, 0, 5, 2), "none": (0, 0, 0, 0), "one": (0, 0, 7, 0), "end
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 0.05}
 
 
+@pytest.mark.pitfall("23")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -108,6 +109,7 @@ def test_one_row_by_the_formula(activation, bias):
     torch.testing.assert_close(got, expected, atol=1e-14, rtol=0)
 
 
+@pytest.mark.pitfall("4")
 @pytest.mark.parametrize("config", [LoopConfig, GroupedConfig])
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (4, 0, 2)])
 def test_idle_experts_have_zero_gradients_never_none(config, sizes):
@@ -130,6 +132,7 @@ def test_a_rank_without_experts(config):
     assert all(parameter.grad is not None for parameter in experts.parameters())
 
 
+@pytest.mark.pitfall("23")
 @pytest.mark.parametrize(("dim", "hidden"), [(12, 20), (16, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_expanded_gradients_and_poisoned_memory(dim, hidden, dtype):
@@ -147,6 +150,7 @@ def test_expanded_gradients_and_poisoned_memory(dim, hidden, dtype):
         assert value.grad.isfinite().all()
 
 
+@pytest.mark.pitfall("7")
 @pytest.mark.parametrize("config", [LoopConfig, GroupedConfig])
 def test_first_values_depend_on_the_global_id_alone(config):
     """Pitfall 7: equal at any layout, before or after the experts are dealt out."""

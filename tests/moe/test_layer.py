@@ -62,6 +62,7 @@ def test_defaults_are_the_documented_ones():
     assert config.capacity.min_capacity == 1 and config.capacity.renormalize_after_drop
 
 
+@pytest.mark.pitfall("25")
 @pytest.mark.parametrize("dispatch", DISPATCHES.values(), ids=DISPATCHES)
 def test_two_runs_are_bitwise_equal(dispatch):
     """Pitfall 25: output and every gradient."""
@@ -76,6 +77,7 @@ def test_two_runs_are_bitwise_equal(dispatch):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@pytest.mark.pitfall("8")
 def test_the_balance_losses_reach_the_router():
     """Pitfall 8: without a task loss the router's gradient is coefficient x d loss, for each loss by itself."""
     x_TD, ctx = batch(dtype=torch.float64)
@@ -95,6 +97,7 @@ def test_the_balance_losses_reach_the_router():
         assert got.abs().max() > 1e-4
 
 
+@pytest.mark.pitfall("10", "12")
 def test_values_as_logged():
     """Pitfalls 10 and 12: unscaled, the same with recomputation, and the sum of the shares of micro-batches."""
     config = MoEConfig(num_experts=4, balance={"switch": SwitchConfig(0.3, "sequence"), "z_loss": ZLossConfig(0.2)})
@@ -133,6 +136,7 @@ def test_values_as_logged():
             assert asked_E.tolist() == torch.bincount(routing.expert_N, minlength=4).tolist()
 
 
+@pytest.mark.pitfall("13")
 def test_counts_are_exact_in_a_bf16_model():
     """Pitfall 13: 40,960 would read 39,424."""
     layer = MoEConfig(num_experts=2, router=TopKConfig(top_k=2)).build(8).bfloat16()
@@ -145,6 +149,7 @@ def test_counts_are_exact_in_a_bf16_model():
     assert all(loss.dtype == torch.float32 for loss in output.report.losses.values())
 
 
+@pytest.mark.pitfall("28")
 @pytest.mark.parametrize("bank", [None, LocalConfig()], ids=["dispatched", "local"])
 @pytest.mark.parametrize("experts", [LoopConfig(hidden_dim=16, bias=True), GroupedConfig(hidden_dim=16, bias=True)])
 def test_autocast(experts, bank):
@@ -165,6 +170,7 @@ def test_autocast(experts, bank):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(layer).values())
 
 
+@pytest.mark.pitfall("15", "27")
 def test_evaluation_touches_nothing():
     """Property (k), pitfalls 15 and 27: bitwise repeatable, without losses; the layer is as before."""
     layer = MoEConfig(num_experts=4, router=TopKConfig(top_k=2, noise_std=1.0)).build(DIM)
@@ -183,6 +189,7 @@ def test_evaluation_touches_nothing():
     assert first.report.asked_E.sum() == 48
 
 
+@pytest.mark.pitfall("18")
 def test_two_models_don_t_mix():
     """Pitfall 18: interleaved, each returns its own report, and nothing is left of one that is gone."""
     x_TD, ctx = batch()
@@ -230,6 +237,7 @@ def recomputed(here: Here, dispatch: str, fsdp: int | None) -> float:
     )
 
 
+@pytest.mark.pitfall("17", "17b")
 @pytest.mark.parametrize("fsdp", [None, 2])
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_recomputation_routes_and_lays_out_the_same(ranks, dispatch, fsdp):
@@ -295,6 +303,7 @@ def starved(here: Here, ep: int, dispatch: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.pitfall("4", "5")
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_empty_ranks_and_idle_experts(ranks, ep, dispatch):
@@ -395,6 +404,7 @@ def first_values(here: Here, ep: int) -> dict[str, torch.Tensor]:
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for n, p in layer.named_parameters()}
 
 
+@pytest.mark.pitfall("7")
 def test_the_initial_model_is_equal_at_any_layout(ranks):
     """Pitfall 7."""
     expected = dict(MoEConfig(num_experts=12, shared_hidden_dim=4).build(DIM).named_parameters())

@@ -31,6 +31,7 @@ def test_a_token_draws_the_same_whatever_the_width_of_the_batch():
     assert torch.equal(draw(context([5]), columns=7)[:, :3], draw(context([5]), columns=3))
 
 
+@pytest.mark.pitfall("17b")
 def test_a_draw_is_repeatable_and_leaves_the_global_generator_alone():
     """Pitfall 17b: nothing that recomputation would have to restore."""
     state = torch.get_rng_state()

@@ -56,6 +56,7 @@ def test_random_drop_follows_the_draws():
     assert sorted(first) != list(range(7))
 
 
+@pytest.mark.pitfall("21")
 @pytest.mark.parametrize("policy", ["token", "probability", "choice"])
 def test_of_64_equal_tokens_the_first_8_stay(policy):
     """Pitfall 21."""
@@ -78,6 +79,7 @@ def test_slots_run_through_the_sequences_when_one_is_short():
     assert kept(plan) == [(0, 0, 0), (1, 1, 0), (2, 1, 1), (4, 0, 1), (5, 1, 2)]
 
 
+@pytest.mark.pitfall("16")
 def test_padding_takes_no_slot_and_no_share():
     """Pitfall 16."""
     ctx = TokenContext.of_rows(1, 5, valid_T=torch.tensor([False, True, False, True, True]))
@@ -98,6 +100,7 @@ def test_a_batch_of_padding(policy):
 
 
 # The golden's own limit may exceed the tokens; the plan's never does.
+@pytest.mark.pitfall("20")
 @pytest.mark.parametrize("case", GOLDEN["G5"], ids=str)
 def test_limit_in_exact_arithmetic(case):
     """Pitfall 20."""
@@ -107,6 +110,7 @@ def test_limit_in_exact_arithmetic(case):
     assert limit.of_counts(torch.tensor([case["tokens"]]), case["k"], case["E"]).tolist() == [expected]
 
 
+@pytest.mark.pitfall("20")
 def test_limit_equals_fractions_for_every_small_count():
     """Pitfall 20, as a table: host, device and a fraction say the same."""
     for factor in ("0.1", "0.7", "1", "1.1", "1.15", "1.25", "2.3", "0.000001"):
@@ -119,6 +123,7 @@ def test_limit_equals_fractions_for_every_small_count():
                 assert [limit.of_shape(t, top_k, num_experts) for t in counts.tolist()] == expected
 
 
+@pytest.mark.pitfall("26")
 @pytest.mark.parametrize("factor", [4 / 3, 0.1 + 0.2, 1.2345678901234567, 999_999.999999])
 def test_long_factors_don_t_overflow(factor):
     """Pitfall 26: the products of 16 digits and 10^6 pairs would not fit in 64 bits."""
@@ -133,6 +138,7 @@ def test_four_thirds_is_four_thirds():
     assert limit.of_shape(3_000_000, 1, 4) == 1_000_000
 
 
+@pytest.mark.pitfall("26")
 def test_indices_are_int64():
     """Pitfall 26."""
     plan = plan_of(EXPERTS, GATES, factor=1.0)
@@ -140,6 +146,7 @@ def test_indices_are_int64():
         assert getattr(plan, name).dtype == torch.int64, name
 
 
+@pytest.mark.pitfall("19")
 @pytest.mark.parametrize("group", ["rank", "sequence"])
 @pytest.mark.parametrize("policy", ["token", "choice", "probability", "random"])
 def test_a_limit_above_the_tokens_keeps_all(policy, group):

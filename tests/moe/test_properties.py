@@ -286,6 +286,7 @@ def test_reordering_tokens_reorders_the_dropless_output(drawn):
     torch.testing.assert_close(outputs[0][order_T], outputs[1], atol=1e-12, rtol=0)
 
 
+@pytest.mark.pitfall("16")
 @settings(BOUNDED, max_examples=40)
 @given(batches(), st.integers(1, 5))
 def test_padding_changes_nothing(drawn, extra):

@@ -19,6 +19,7 @@ def report(losses, coefficients, counts):
     )
 
 
+@pytest.mark.pitfall("10")
 def test_layers_with_unlike_losses():
     first = report({"switch": 2.0, "z": 3.0}, {"switch": 0.1, "z": 0.01}, [4, 2])
     second = report({"bias": 5.0, "switch": 7.0}, {"bias": 1.0, "switch": 0.2}, [6, 0])

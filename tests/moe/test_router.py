@@ -37,6 +37,7 @@ def test_pairs_stand_in_token_order_with_falling_preference():
     assert routing.pairs_per_token == 3
 
 
+@pytest.mark.pitfall("24")
 @pytest.mark.parametrize(
     ("logits", "top_k", "chosen"),
     [
@@ -53,6 +54,7 @@ def test_equal_scores_go_to_the_lowest_index(logits, top_k, chosen):
     assert routing.expert_N.view(5, top_k).tolist() == [chosen] * 5
 
 
+@pytest.mark.pitfall("28")
 def test_scores_are_fp32_under_autocast_and_with_bf16_weights():
     """Pitfall 28: equal to the bit to the router that never heard of bf16."""
     x_TD = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
@@ -67,6 +69,7 @@ def test_scores_are_fp32_under_autocast_and_with_bf16_weights():
     assert router(x_TD.bfloat16(), context(6)).logits_TE.dtype == torch.float32
 
 
+@pytest.mark.pitfall("27")
 def test_noise_leaves_inputs_logits_and_evaluation_alone():
     """Pitfall 27."""
     router = TopKConfig(top_k=2, noise_std=3.0).build(8, 4)

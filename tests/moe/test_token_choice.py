@@ -106,6 +106,7 @@ def test_a_token_is_computed_on_at_most_top_groups_nodes(ep, ranks_per_node, ove
         assert max(sum(t == token for t, _ in visits) for token in range(40)) <= top_groups
 
 
+@pytest.mark.pitfall("24")
 def test_equal_groups_go_to_the_lowest_index():
     """Pitfall 24."""
     config = TopKConfig(top_k=2, groups=GroupLimit(4, 2))
@@ -124,6 +125,7 @@ def test_the_bias_selects_and_never_weighs():
     assert torch.equal(routing.score_TE, plain.score_TE) and torch.equal(routing.probs_TE, plain.probs_TE)
 
 
+@pytest.mark.pitfall("13", "14")
 def test_the_bias_stays_in_fp32_and_is_saved():
     """Pitfalls 13 and 14: through a cast of the model, the meta device, and a save and a load."""
     config = MoEConfig(num_experts=4, balance={"bias": BiasConfig()})
@@ -159,6 +161,7 @@ def test_dense_mode_runs_every_expert_with_its_probability():
     assert TopKConfig(mode="dense").experts_per_token(64) == 64
 
 
+@pytest.mark.pitfall("27")
 def test_jitter_touches_the_router_s_own_copy_only():
     """Pitfall 27: inputs, the experts' rows and evaluation are as without; the router's logits are not."""
     layers = [

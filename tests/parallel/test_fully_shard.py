@@ -57,6 +57,7 @@ def train(here: Here, config: RunConfig) -> list[tuple[Steps, list[str]]]:
     return results
 
 
+@pytest.mark.pitfall("1", "2", "3", "6", "7")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_layout_equals_one_device(ranks, accumulation: int):
     """Pitfalls 1, 2, 3, 6 and 7, with dropping, noise and the clip on: first values, gradients, losses, norms."""
@@ -105,6 +106,7 @@ def layers(here: Here, case: str) -> float:
     return worst
 
 
+@pytest.mark.pitfall("4", "5")
 @pytest.mark.parametrize("case", CASES)
 def test_empty_ranks_and_idle_experts(ranks, case: str):
     """Pitfalls 4 and 5: ranks with 0, 1, 7 and 24 tokens, and every token to one expert."""

@@ -83,6 +83,7 @@ def summed(here: Here, ep: int, bucket_bytes: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.pitfall("1")
 @pytest.mark.parametrize("ep", [1, 2, 4])
 @pytest.mark.parametrize("bucket_bytes", [1, 400, 32 * 2**20])
 def test_sums_over_copies_without_a_divisor(ranks, ep, bucket_bytes):
@@ -118,6 +119,7 @@ def trained(here: Here, ep: int, fsdp: int | None) -> tuple[list[float], dict[st
     return norms, whole, apart
 
 
+@pytest.mark.pitfall("1", "2", "3", "6")
 def test_replicas_stay_bit_equal_and_norms_agree(ranks):
     """Pitfalls 1, 2, 3 and 6: after clipped steps all replicas are bit-equal, and the model is that of EP = 1."""
     results = {layout: ranks(4).run(trained, *layout) for layout in LAYOUTS}

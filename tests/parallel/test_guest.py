@@ -94,6 +94,7 @@ def under_ddp(here: Here, idle: bool, waits: bool) -> dict[int, dict[str, Tensor
     return found
 
 
+@pytest.mark.pitfall("1", "3", "4", "5")
 @pytest.mark.parametrize("idle", [False, True])
 def test_gradients_under_ddp_are_those_of_one_device(ranks, idle):
     """Pitfalls 1, 3 and 4 (and 5): experts without a divisor too many, the router's among them, a rank without rows,
@@ -137,6 +138,7 @@ def trained(here: Here) -> dict[int, Any]:
     return found
 
 
+@pytest.mark.pitfall("2", "3", "6")
 def test_replicas_stay_bit_equal_under_ddp(ranks):
     """Pitfalls 2, 3 and 6: one norm on all ranks and at every EP; after clipped steps all replicas are bit-equal."""
     results = ranks(WORLD).run(trained)
@@ -220,6 +222,7 @@ def timeouts(here: Here) -> list[float]:
     ]
 
 
+@pytest.mark.pitfall("37")
 def test_adopted_groups_wait_as_long_as_the_callers(ranks):
     """Pitfall 37: the pool's own group waits 60 s."""
     assert ranks(WORLD).run(timeouts) == [[60.0] * 3] * WORLD

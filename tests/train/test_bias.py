@@ -73,6 +73,7 @@ def bias_of(trainer) -> torch.Tensor:
     return torch.stack([layer.router.selection_bias.clone() for layer in layers])
 
 
+@pytest.mark.pitfall("13", "14", "15")
 @pytest.mark.parametrize(("world", "ep", "accumulation"), [(1, 1, 4), (2, 2, 2), (4, 2, 1)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_formula_on_global_counts(ranks, world, ep, accumulation, recompute):
@@ -104,6 +105,7 @@ class Alone(Here):
         return Mesh.alone()
 
 
+@pytest.mark.pitfall("14")
 def test_the_bias_is_in_checkpoints(tmp_path: Path):
     """Pitfall 14: fp32, not zero and equal after a save and a load, also in a bf16 run."""
     config = changed(BIASED, train={"precision": "bf16"})

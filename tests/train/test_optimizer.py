@@ -59,6 +59,7 @@ def test_groups_are_the_same_whatever_the_order_of_the_parameters():
     assert names == sorted(names) and len(set(names)) == len(names)
 
 
+@pytest.mark.pitfall("4")
 def test_idle_parameters_move_and_decay_like_the_others():
     """Pitfall 4: a zero gradient is a step of decay; None would be no step."""
     model, optimizer = model_and_optimizer(weight_decay=0.1, experts_lr=0.5)

@@ -4,6 +4,8 @@ import io
 import json
 import math
 
+import pytest
+
 from moedist.log.sink.jsonl import JsonlConfig, JsonlSink
 
 
@@ -37,6 +39,7 @@ def test_numbers_that_json_has_not_are_strings_that_float_reads(tmp_path):
     assert math.isnan(float(row["a"])) and float(row["b"][0]) == math.inf
 
 
+@pytest.mark.pitfall("34")
 def test_steps_that_the_file_holds_are_marked_as_replayed_and_nothing_is_lost(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, 10, 20, 30)

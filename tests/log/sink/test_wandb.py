@@ -113,6 +113,7 @@ def test_train_step_is_the_axis_of_everything(run_info):
     }
 
 
+@pytest.mark.pitfall("34")
 def test_a_resumed_run_goes_on_under_its_id_and_sends_no_step_twice(run_info):
     log_steps(run_info, *map(record, (10, 20, 30)), status="failed")
     later = dataclasses.replace(run_info, resumed_step=10)
@@ -361,6 +362,7 @@ def test_a_stuck_tracker_costs_rows_and_never_the_run(run_info, monkeypatch):
     assert "too slow" in said[0] and "did not finish" in said[1] and "wandb sync" in said[1]
 
 
+@pytest.mark.pitfall("32")
 def test_per_expert_keys_stop_at_their_bound_and_histograms_hold_all():
     said: list[str] = []
     rows = Rows(max_expert_keys=512, say=said.append)
