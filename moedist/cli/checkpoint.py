@@ -31,6 +31,9 @@ examples:
   # the model alone, as safetensors
   moedist checkpoint consolidate runs/first exported --max-shard-size 2GB
 
+  # what DeepSpeed's engine saved of a model with its own MoE layer, experts stacked by global id
+  moedist checkpoint import-deepspeed deepspeed_run imported
+
 No command needs a GPU, other processes or the layout that wrote the checkpoint, and none overwrites anything.
 
 exit codes: 0 done, 2 bad input or a damaged checkpoint, 4 disk or environment
@@ -56,11 +59,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def action(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
-        added.add_argument(
-            "checkpoint", type=Path, metavar="CHECKPOINT_OR_RUN", help="a checkpoint's or a run's folder"
+    def action(
+        name: str,
+        function: Callable[[argparse.Namespace], int],
+        text: str,
+        source: str = "a checkpoint's or a run's folder",
+    ) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = actions.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}."
         )
+        added.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=source)
         added.add_argument("--json", action="store_true", help="one JSON object on standard output")
         added.set_defaults(act=function)
         return added
@@ -75,10 +83,20 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
     resharded.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that does not exist yet")
     resharded.add_argument("--files", type=int, required=True, metavar="N", help="how many files of about one size")
     exported = action("consolidate", consolidate, "write the model of a checkpoint as one set of safetensors files")
-    exported.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that does not exist yet")
-    exported.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)"
+    imported = action(
+        "import-deepspeed",
+        import_deepspeed,
+        "write what DeepSpeed's engine saved of its own MoE layers as safetensors files",
+        source="the folder that it saved to, or one tag's folder in it",
     )
+    imported.add_argument(
+        "--keep-names", action="store_true", help="of MoE layers too; left out: moedist's where they fit"
+    )
+    for writer in (exported, imported):
+        writer.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that does not exist yet")
+        writer.add_argument(
+            "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)"
+        )
     return parser
 
 
@@ -227,6 +245,18 @@ def consolidate(args: argparse.Namespace) -> int:
     files = consolidate(find_checkpoint(args.checkpoint), args.output, max_bytes)
     total = sum(path.stat().st_size for path in files)
     say(args, files=len(files), num_bytes=total, hint="Experts are stacked along the first dim, by global id.")
+    return 0
+
+
+def import_deepspeed(args: argparse.Namespace) -> int:
+    """Writes the weights of a DeepSpeed checkpoint."""
+    from moedist.interop.deepspeed_moe import import_deepspeed
+
+    max_bytes = parse_size("--max-shard-size", args.max_shard_size)
+    files, kept = import_deepspeed(args.checkpoint, args.output, max_bytes, rename=not args.keep_names)
+    total = sum(path.stat().st_size for path in files)
+    names = f"DeepSpeed's names kept: {', '.join(kept)}." if kept else "MoE layers have moedist's names."
+    say(args, files=len(files), num_bytes=total, hint=f"Experts are stacked by global id. {names}")
     return 0
 
 

@@ -11,7 +11,10 @@ from moedist.data.check import check_data, open_data, stated_vocab_size
 from moedist.data.contract import Source
 from moedist.engine.contract import TrainingStep
 from moedist.launch.folder import check_folder
+from moedist.launch.resume import check_resume
+from moedist.model.contract import LanguageModel
 from moedist.moe.layer import MoELayer
+from moedist.train.build import PARAMETER_DTYPES
 from moedist.train.config import RunConfig
 
 
@@ -36,7 +39,7 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
     source, data_errors = _check_data(config, world_size)
     errors += data_errors
     if source is not None:
-        errors += _check_model(config, source.vocab_size)
+        errors += _check_model(config, mapping, source.vocab_size)
     if errors:
         raise ConfigErrors(errors)
     assert source is not None
@@ -90,7 +93,7 @@ def validate_elsewhere(config: RunConfig, mapping: Mapping[str, Any], world_size
     vocab_size = source.vocab_size if source is not None else stated_vocab_size(config.data)
     if vocab_size is None:
         raise ConfigErrors([*errors, *data_errors])
-    errors += _check_model(config, vocab_size)
+    errors += _check_model(config, mapping, vocab_size)
     if errors:
         raise ConfigErrors(errors)
     return Data(vocab_size, source, tuple(data_errors))
@@ -124,14 +127,20 @@ def _check_data(config: RunConfig, world_size: int) -> tuple[Source | None, list
     return (opened[0] if opened else None), errors
 
 
-def _check_model(config: RunConfig, vocab_size: int) -> list[ConfigError]:
+def _check_model(config: RunConfig, mapping: Mapping[str, Any], vocab_size: int) -> list[ConfigError]:
+    """What is wrong with the model, and with a checkpoint to fill it from."""
+    built: list[LanguageModel] = []
+    dtype = PARAMETER_DTYPES[config.train.precision]
+
     def build() -> None:
-        model = config.model.build(vocab_size, config.moe, device="meta")
+        model = config.model.build(vocab_size, config.moe, device="meta", dtype=dtype)
         for layer in model.modules():
             if isinstance(layer, MoELayer):
                 layer.router.check_model(model.moe_blocks)
+        built.append(model)
 
-    return _check("model", build)
+    errors = _check("model", build)
+    return errors + [error for model in built for error in _check("", check_resume, config, mapping, model)]
 
 
 def validate_evaluation(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> None:

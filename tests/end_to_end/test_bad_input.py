@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moedist.cli.main import main
 from moedist.launch import start
+from moedist.launch.compose import compose
+from moedist.launch.folder import claim_folder
+from moedist.launch.saved import decode_saved, read_mapping
+from moedist.launch.validate import validate
+from moedist.train.run import run_rank
+from tests.ranks import Here
+from tests.train.tiny import no_measuring
 
 SMALL = (
     "experiment=null",
@@ -108,3 +119,100 @@ def test_a_run_of_another_model_or_corpus_is_not_gone_on_with(
 def hashes(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# Resuming from a checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank with checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = compose([*TINY_RUN, f"run.dir={folder}"])
+    claim_folder(config.config.run, config.mapping).release()
+    assert ranks(2).run(train, folder) == [0, 0]
+    return folder
+
+
+TINY_RUN = (*SMALL, *SYNTHETIC, "launch.nproc=2", "mesh.ep=2", "train.steps=2", "train.checkpoint_every=1")
+TINY_RUN += ("model.layers.num_layers=2", "train.eval_every=null", "log/sink=[jsonl]")
+
+
+def train(here: Here, folder: Path) -> int:
+    config = decode_saved(read_mapping(folder / "config.yaml"))
+    with no_measuring():
+        return run_rank(config, folder, here.mesh_of(config.mesh.ep))
+
+
+def damage(what: str) -> Callable[[Path], object]:
+    def apply(step: Path) -> object:
+        shard, manifest = step / "__1_0.distcp", step / "manifest.json"
+        if what == "missing":
+            return shard.unlink()
+        if what == "truncated":
+            return os.truncate(shard, 100)
+        body = json.loads(manifest.read_text())
+        return manifest.write_text(json.dumps({**body, "schema": 99}))
+
+    return apply
+
+
+BAD = {
+    "missing": "__1_0.distcp cannot be read: No such file",
+    "truncated": "__1_0.distcp has 100 bytes instead of ",
+    "newer": "schema 99 is not 1, the one that this version reads; a newer moedist wrote it",
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_checkpoint_is_told_before_a_rank_starts(finished: Path, tmp_path: Path, capsys: Output, what: str):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    older, newer = sorted((run / "checkpoints").glob("step_*"))
+    damage(what)(newer)
+    before = hashes(run)
+    for resume in ([f"run.resume={newer}"], [f"run.resume={newer}", "train.steps=9"]):
+        said = refused(capsys, *TINY_RUN, f"run.dir={tmp_path / 'branch'}", *resume)
+        assert f"run.resume = '{newer}' cannot go on" in said and BAD[what] in said and "checkpoint verify" in said
+    goes_on(*TINY_RUN, f"run.dir={run}", "run.resume=auto")  # from the one before
+    damage(what)(older)
+    said = refused(capsys, *TINY_RUN, f"run.dir={run}", "run.resume=auto")
+    assert BAD[what] in said and str(older) in said and str(newer) in said
+    damaged = {str(step / name) for step in (older, newer) for name in ("__1_0.distcp", "manifest.json")}
+    assert {key: value for key, value in hashes(run).items() if key not in damaged} == {
+        key: value for key, value in before.items() if key not in damaged
+    }
+    assert not (tmp_path / "branch").exists()
+
+
+def goes_on(*argv: str) -> None:
+    composed = compose(argv)
+    validate(composed.config, composed.mapping, 2)
+
+
+def test_a_checkpoint_of_another_model_is_told_by_its_tensors(finished: Path, tmp_path: Path, capsys: Output):
+    """The key is allowed to differ, or the checkpoint lies apart from its run: what remains is what it holds."""
+    lone = tmp_path / "lone"
+    shutil.copytree(sorted((finished / "checkpoints").glob("step_*"))[0], lone)
+    before = hashes(lone)
+    branch = f"run.dir={tmp_path / 'branch'}"
+    said = refused(capsys, *TINY_RUN, branch, f"run.resume={lone}", "model.dim=32", "seed=9")
+    assert f"model.dim = 32 differs from the run in {lone}, which has 16" in said and "seed = 9 differs" in said
+    allowed = "run.allow_changes=[model.dim,moe.experts,train.precision]"
+    for override, words in (
+        ("model.dim=32", "model.blocks.0.attention.key.weight [16, 16] float32, here [32, 32] float32"),
+        ("moe.experts.activation=gelu", "Only in the checkpoint: model.blocks.0.ffn.moe.bank.experts.gate"),
+        ("train.precision=fp64", "[16, 16] float32, here [16, 16] float64"),
+    ):
+        said = refused(capsys, *TINY_RUN, branch, f"run.resume={lone}", allowed, override)
+        assert f"run.resume = '{lone}' cannot go on" in said and "is of another model" in said and words in said
+    goes_on(*TINY_RUN, branch, f"run.resume={lone}")
+    assert hashes(lone) == before and not (tmp_path / "branch").exists()
+
+
+@pytest.mark.parametrize("ep", [3, 16])
+def test_ranks_that_cannot_hold_the_experts_are_told(finished: Path, tmp_path: Path, capsys: Output, ep: int):
+    before = hashes(finished)
+    layout = [f"mesh.ep={ep}", f"launch.nproc={ep}", f"run.dir={tmp_path / 'branch'}"]
+    said = refused(capsys, *TINY_RUN, *layout, f"run.resume={finished}")
+    assert "moe.num_experts = 8" in said and f"mesh.ep = {ep}" in said
+    assert hashes(finished) == before and not (tmp_path / "branch").exists()

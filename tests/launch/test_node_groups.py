@@ -9,10 +9,9 @@ import pytest
 
 from moedist.config import ConfigError
 from moedist.launch.compose import Composed, compose
-from moedist.launch.folder import claim_folder
+from moedist.launch.folder import check_folder, claim_folder
 from moedist.launch.node_groups import follow_nodes
 from moedist.launch.saved import decode_saved, read_mapping
-from moedist.launch.validate import validate
 from moedist.mesh import Mesh
 from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.moe.context import TokenContext
@@ -72,7 +71,7 @@ def test_a_resume_at_another_layout_keeps_the_routing(resume: str, tmp_path: Pat
     come_from = {"auto": "auto", "branch": str(claim.path)}[resume]
     again = follow_nodes(composed("mesh.ep=2", f"run.dir={where}", f"run.resume={come_from}"), 4)
     assert again.config.moe.router.groups.num_groups == 2
-    validate(again.config, again.mapping, 4)  # nothing has changed
+    assert check_folder(again.config.run, again.mapping) == []  # nothing has changed
 
 
 def test_groups_that_begin_inside_a_node_are_refused():

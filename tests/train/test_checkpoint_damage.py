@@ -86,9 +86,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index empty": (cut(lambda size: 0, ".metadata"), r"\.metadata has 0 bytes instead of \d+"),
     "index gone": (lambda path: (path / ".metadata").unlink(), r"\.metadata cannot be read: No such file"),
     "manifest gone": (lambda path: (path / "manifest.json").unlink(), "is incomplete: it has no manifest.json"),
-    "manifest empty": (cut(lambda size: 0, "manifest.json"), "has a damaged manifest.json"),
-    "manifest garbage": (lambda path: (path / "manifest.json").write_bytes(b"\xff[]"), "has a damaged manifest.json"),
-    "manifest a list": (lambda path: (path / "manifest.json").write_text("[]"), "has a damaged manifest.json"),
+    "manifest empty": (cut(lambda size: 0, "manifest.json"), "has a damaged or foreign manifest.json"),
+    "manifest garbage": (
+        lambda path: (path / "manifest.json").write_bytes(b"\xff[]"),
+        "has a damaged or foreign manifest.json",
+    ),
+    "manifest a list": (
+        lambda path: (path / "manifest.json").write_text("[]"),
+        "has a damaged or foreign manifest.json",
+    ),
     "manifest of another step": (take_from_step_1("manifest.json"), "has the manifest of step 1"),
 }
 
@@ -243,5 +249,7 @@ def test_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("moedist.train.checkpoint.manifest.SCHEMA", 2)
     path = three(tmp_path)[0]
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="schema 2 is not 1, the one that this version reads"):
+    with pytest.raises(
+        CheckpointError, match="schema 2 is not 1, the one that this version reads; a newer moedist wrote it"
+    ):
         verify(path)

@@ -82,7 +82,8 @@ class Manifest:
         """
         body = json.loads(text)
         if body["schema"] != SCHEMA:
-            raise ValueError(f"schema {body['schema']!r} is not {SCHEMA}, the one that this version reads")
+            newer = "; a newer moedist wrote it" if body["schema"] > SCHEMA else ""
+            raise ValueError(f"schema {body['schema']!r} is not {SCHEMA}, the one that this version reads{newer}")
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
         for name in files:
             if Path(name).name != name:  # a file elsewhere is not part of the checkpoint
@@ -130,7 +131,7 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path} has a damaged manifest.json: {error}") from None
+        raise CheckpointError(f"checkpoint {path} has a damaged or foreign manifest.json: {error}") from None
     if step_of(path) not in (None, manifest.step):
         raise CheckpointError(f"checkpoint {path} has the manifest of step {manifest.step}")
     return manifest
