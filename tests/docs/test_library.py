@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -250,3 +254,24 @@ def test_a_hugging_face_block_is_swapped(ranks, family):
                 worst = max(found, key=found.__getitem__)
                 assert found[worst] <= tolerance, f"{worst} at ep {ep}, {dtype}: {found[worst]:.1e}"
                 print(family, dtype, ep, worst, found[worst])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_ddp", "train_fsdp2", "train_mixtral"])
+def test_scripts_run_by_torchrun(tmp_path, name):
+    """As the first line of each says; the loss falls."""
+    (code,) = [block for block in blocks(PAGE, "python") if block.startswith(f'"""{name}.')]
+    (tmp_path / f"{name}.py").write_text(code)
+    command = shlex.split(code.partition("Run: ")[2].partition('"""')[0])
+    assert command == ["torchrun", "--nproc-per-node=4", f"{name}.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+) norm", done.stdout, re.MULTILINE)]
+    assert len(losses) == 20 and losses[-1] < losses[0] / 2
