@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moedist.config import Choice
 from moedist.model.batch import TokenBatch
-from moedist.moe.report import MoEReport
+from moedist.moe.report import MoEReport, StepCounts
 
 if TYPE_CHECKING:
     from moedist.moe.layer import MoEConfig
@@ -26,12 +26,14 @@ class StepContext:
         step: 0-dim int64: optimizer steps taken before this one.
         num_tokens: 0-dim int64: valid tokens of the step's whole global batch.
         training: whether training-only parts (noise, jitter) act.
+        counts: what balance losses have counted in the step's other micro-steps.
     """
 
     seed: int
     step: Tensor
     num_tokens: Tensor
     training: bool
+    counts: StepCounts = dataclasses.field(default_factory=StepCounts)
 
 
 class ModelOutput(NamedTuple):

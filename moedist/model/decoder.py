@@ -179,4 +179,5 @@ def _token_context(batch: TokenBatch, context: StepContext) -> TokenContext:
         seed=context.seed,
         step=context.step,
         training=context.training,
+        counts=context.counts,
     )

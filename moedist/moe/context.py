@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from moedist.moe.report import StepCounts
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenContext:
@@ -27,6 +29,7 @@ class TokenContext:
         seed: the run's seed.
         step: 0-dim int64: optimizer steps taken before this one.
         training: whether training-only parts (noise, jitter) act.
+        counts: what balance losses have counted in the step's other micro-steps.
     """
 
     id_T: Tensor
@@ -39,6 +42,7 @@ class TokenContext:
     seed: int
     step: Tensor
     training: bool
+    counts: StepCounts = dataclasses.field(default_factory=StepCounts)
 
     @classmethod
     def of_rows(
@@ -54,6 +58,7 @@ class TokenContext:
         seed: int = 0,
         step: int | Tensor = 0,
         training: bool = True,
+        counts: StepCounts | None = None,
     ) -> TokenContext:
         """The context of ``num_sequences`` rows of ``length`` positions; what is not given is a lone batch's own.
 
@@ -76,4 +81,5 @@ class TokenContext:
             seed=seed,
             step=torch.as_tensor(step, dtype=torch.int64, device=device),
             training=training,
+            counts=StepCounts() if counts is None else counts,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moedist.config import Config, ConfigError, require
 from moedist.mesh import Axis
+from moedist.mesh.collectives import all_sum
 from moedist.moe.balance.contract import BalanceBias, BalanceConfig, BalanceLoss, per_token
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
@@ -136,7 +137,7 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None,
     ):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.dp = config, layer, Axis("dp")
         self.router = config.router.build(dim, config.num_experts, layer=layer, device=device, dtype=dtype)
         experts = config.experts.build(dim, config.num_experts, device=device, dtype=dtype)
         self.bank = config.bank.build(experts, config.dispatch)
@@ -165,28 +166,38 @@ class MoELayer(nn.Module):
 
     def report(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> MoEReport:
         """Balance losses in training only; counts and entropy always."""
-        losses, coefficients = {}, {}
+        losses, coefficients, counts = {}, {}, {}
         for name, loss in self.losses.items() if ctx.training else ():
             assert isinstance(loss, BalanceLoss)
-            losses[name], coefficients[name] = loss(routing, plan, ctx), loss.coefficient(ctx)
+            scope_counts, part = None, loss.count(routing, ctx)
+            if part is not None:
+                counts[name] = all_sum(part, self.dp)
+                scope_counts = ctx.counts.over_scope((self.layer, name), counts[name], loss.config.needs_whole_step)
+            losses[name] = loss(routing, plan, ctx, scope_counts)
+            coefficients[name] = loss.coefficient(ctx)
         with torch.no_grad():
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
             largest = max(math.log(self.config.num_experts), 1e-30)
             return MoEReport(
+                layer=self.layer,
                 losses=losses,
                 coefficients=coefficients,
+                counts=counts,
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
                 dropped_ME=plan.dropped_ME,
             )
 
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether a balance loss asks for the counts of the whole step (`StepCounts.whole`)."""
+        return any(loss.config.needs_whole_step for loss in self.losses.children() if isinstance(loss, BalanceLoss))
+
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:
         """Keeps this rank's experts; rows travel over ``ep``, global counts over ``dp`` from now on."""
         self.bank.spread(placement, ep)
-        for loss in self.losses.children():
-            assert isinstance(loss, BalanceLoss)
-            loss.dp = dp
+        self.dp = dp
 
     @torch.no_grad()
     def move_bias(self, load_E: Tensor) -> None:

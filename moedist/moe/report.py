@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+CountKey = tuple[int, str]
+"""The place of a MoE layer in its model, and the name of one of its balance losses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCounts:
+    """What balance losses have counted of an optimizer step, over all ranks, besides the micro-step at hand.
+
+    Handed from micro-step to micro-step by whoever runs them: a layer keeps nothing.
+
+    Attributes:
+        earlier: of the step's earlier micro-steps together.
+        whole: of all its micro-steps, this one among them; empty unless a pass without gradient has counted them.
+    """
+
+    earlier: Mapping[CountKey, Tensor] = dataclasses.field(default_factory=dict)
+    whole: Mapping[CountKey, Tensor] = dataclasses.field(default_factory=dict)
+
+    def over_scope(self, key: CountKey, here: Tensor, whole: bool) -> Tensor:
+        """The counts that a loss divides by: with those of ``here``, this micro-step's, or the whole step's where they
+        are asked for and known."""
+        if whole and key in self.whole:
+            return self.whole[key]
+        return here + self.earlier[key] if key in self.earlier else here
+
+    def after(self, reports: Iterable[MoEReport]) -> StepCounts:
+        """The same once another micro-step has said its counts."""
+        added = {(report.layer, name): count for report in reports for name, count in report.counts.items()}
+        summed = {key: count + self.earlier[key] if key in self.earlier else count for key, count in added.items()}
+        return StepCounts({**self.earlier, **summed}, self.whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,17 +45,22 @@ class MoEReport:
     """One layer's account of one micro-batch on one rank.
 
     Attributes:
+        layer: place of the layer in the model.
         losses: unscaled balance losses by name, 0-dim, fp32 or wider, with gradient: this rank's share, so that the
             sum over ranks and micro-batches is the value of the step.
         coefficients: 0-dim, what each loss is multiplied by, once, in the objective.
+        counts: what losses of scope ``global`` have counted in this micro-step over all ranks, by name, without
+            gradient; see `StepCounts`.
         router_entropy: 0-dim, without gradient: this rank's share of mean over tokens of H(p) / ln E.
         asked_E: int64 pairs per expert (global id) before any limit.
         kept_E: int64 pairs that each expert computed.
         dropped_ME: int64 pairs that asked for each expert and were computed by none, by reason (`DROP_REASONS`).
     """
 
+    layer: int
     losses: dict[str, Tensor]
     coefficients: dict[str, Tensor]
+    counts: dict[str, Tensor]
     router_entropy: Tensor
     asked_E: Tensor
     kept_E: Tensor

@@ -197,11 +197,13 @@ class TokenChoiceRouter(Router):
         """Pairs in token order, each token's experts in falling order of score."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = wide(x_TD)
-            if ctx.training and self.config.input_jitter > 0:
-                uniform_TD = draw_uniform(ctx, x_TD.shape[1], layer=self.layer, stream=INPUT_JITTER).to(x_TD.dtype)
-                x_TD = x_TD * (1 + self.config.input_jitter * (2 * uniform_TD - 1))
-            logits_TE = self.logits(x_TD, ctx.step)
-            noisy_TE, load_TE = self.with_noise(logits_TE, x_TD, ctx) if ctx.training else (logits_TE, None)
+            logits_TE = noisy_TE = self.logits(x_TD, ctx.step)
+            load_TE = None
+            if ctx.training:
+                if self.config.input_jitter > 0:
+                    x_TD = self.jittered(x_TD, ctx)
+                    noisy_TE = self.logits(x_TD, ctx.step)
+                noisy_TE, load_TE = self.with_noise(noisy_TE, x_TD, ctx)
             score_TE = scores(noisy_TE, self.config.score)
             allowed_TE = self.allowed(score_TE.detach())
             expert_TK = self.select(noisy_TE.detach(), score_TE.detach(), allowed_TE, ctx)
@@ -228,6 +230,11 @@ class TokenChoiceRouter(Router):
             load_TE=load_TE,
             allowed_TE=allowed_TE,
         )
+
+    def jittered(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
+        """A copy of the vectors times factors drawn by name."""
+        uniform_TD = draw_uniform(ctx, x_TD.shape[1], layer=self.layer, stream=INPUT_JITTER).to(x_TD.dtype)
+        return x_TD * (1 + self.config.input_jitter * (2 * uniform_TD - 1))
 
     def with_noise(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, Tensor | None]:
         """Logits plus noise drawn by name (the logits themselves where there is none), and `Routing.load_TE`."""

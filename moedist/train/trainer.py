@@ -27,7 +27,7 @@ from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
 from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.record import RoutingRecorder
-from moedist.moe.report import pack_reports
+from moedist.moe.report import StepCounts, pack_reports
 from moedist.moe.trace import TraceError, write_part
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast, build_engine
 from moedist.train.checkpoint import BackgroundSave, CheckpointStore, DiskError
@@ -300,11 +300,12 @@ class Trainer:
             training=True,
         )
         self.tally.clear()
+        counts = self.count_first(micro_batches, context)
         for place, batch in enumerate(micro_batches, start=1):
             self.enter("forward")
             with autocast(config, self.mesh):
                 with self.recorder.listening(config.log.trace.wants(progress.step + 1)):
-                    output = self.model(batch, context)
+                    output = self.model(batch, dataclasses.replace(context, counts=counts))
                 # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
                 task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
                 reports = pack_reports(output.reports) if output.reports else None
@@ -312,6 +313,7 @@ class Trainer:
             self.enter("backward")
             self.engine.backward(loss, last=place == len(micro_batches))
             self.tally.add(task_loss, reports)
+            counts = counts.after(output.reports)
         self.enter("optimizer")
         self.grad_norm = self.engine.step()
         if not math.isfinite(self.grad_norm):
@@ -327,6 +329,17 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         self.seconds_tokens += totals.num_tokens
         return True
+
+    def count_first(self, micro_batches: list[TokenBatch], context: StepContext) -> StepCounts:
+        """What balance losses count in the whole step, by a pass without gradient, where one of them asks for it."""
+        counts = StepCounts()
+        if len(micro_batches) == 1 or not any(layer.needs_whole_step for layer in self.moe_layers):
+            return counts
+        for batch in micro_batches:
+            self.enter("count")
+            with torch.no_grad(), autocast(self.config, self.mesh):
+                counts = counts.after(self.model(batch, context).reports)
+        return StepCounts(whole=counts.earlier)
 
     def move_biases(self) -> None:
         """Lets every layer that balances by a bias move it, once per step, by the counts of the whole global batch."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moedist.config import ConfigError
+from moedist.moe.balance.importance import ImportanceConfig
+from moedist.moe.balance.load import LoadConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.capacity import CapacityConfig
@@ -213,6 +215,14 @@ def test_ranks_equal_one_process(ranks, scope):
     for got_value, got_grad in ranks(4).run(scoped_gradient, scope, 2):
         assert got_value == pytest.approx(value, abs=1e-12)
         torch.testing.assert_close(got_grad, grad, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("config", [SwitchConfig, ImportanceConfig, LoadConfig])
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
+def test_two_passes_are_for_counts_of_all_ranks(config, scope):
+    with pytest.raises(ConfigError, match="counts the whole step.*Set it to running, or scope to global") as caught:
+        config(scope=scope, accumulation="two_pass")
+    assert caught.value.key == "accumulation"
 
 
 def test_errors():

@@ -10,8 +10,10 @@ from moedist.moe.report import MoEReport, pack_reports
 
 def report(losses, coefficients, counts):
     return MoEReport(
+        layer=0,
         losses={name: torch.tensor(value, requires_grad=True) for name, value in losses.items()},
         coefficients={name: torch.tensor(value) for name, value in coefficients.items()},
+        counts={},
         router_entropy=torch.tensor(0.5),
         asked_E=torch.tensor(counts),
         kept_E=torch.tensor(counts) // 2,

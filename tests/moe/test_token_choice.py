@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moedist.config import ConfigError
 from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.moe.balance.bias import BiasConfig
+from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.init import named_draw
@@ -20,7 +21,7 @@ from moedist.moe.placement import Placement
 from moedist.moe.plan import plan_capacity
 from moedist.moe.router.topk import TopKConfig
 from moedist.moe.token_choice import GroupLimit
-from tests.moe.by_hand import route_by, route_logits
+from tests.moe.by_hand import dropless, route_by, route_logits
 
 
 def random_logits(num_tokens: int, num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -180,12 +181,31 @@ def test_jitter_touches_the_router_s_own_copy_only():
 
 
 def test_jitter_is_uniform_around_one():
-    router = TopKConfig(top_k=1, input_jitter=0.2).build(1, 1, dtype=torch.float64)
+    router = TopKConfig(top_k=1, score="sigmoid", input_jitter=0.2).build(1, 1, dtype=torch.float64)
     torch.nn.init.ones_(router.weight)
-    factor_T = router(torch.ones(20_000, 1, dtype=torch.float64), TokenContext.of_rows(1, 20_000)).logits_TE[:, 0]
+    routing = router(torch.ones(20_000, 1, dtype=torch.float64), TokenContext.of_rows(1, 20_000))
+    factor_T = routing.score_TE[:, 0].logit()
     assert 0.8 <= factor_T.min() < 0.81 and 1.19 < factor_T.max() <= 1.2
     assert factor_T.mean().item() == pytest.approx(1, abs=5e-3)
     assert factor_T.std().item() == pytest.approx(0.4 / math.sqrt(12), rel=0.02)
+
+
+@pytest.mark.parametrize("noise", [{"input_jitter": 0.3}, {"noise_std": 2.0}, {"input_jitter": 0.3, "noise_std": 2.0}])
+def test_the_z_loss_sees_logits_without_noise(noise):
+    """Selection, gates and probabilities are noisy; the raw logits, and the z-loss with its gradient, are not."""
+    x_TD, ctx = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), TokenContext.of_rows(1, 6)
+    z_loss, found = ZLossConfig().build(4), []
+    for config in (TopKConfig(top_k=2), TopKConfig(top_k=2, **noise)):
+        router = config.build(8, 4)
+        router.init_weights(named_draw(0))
+        routing = router(x_TD, ctx)
+        loss = z_loss(routing, dropless(routing, ctx), ctx)
+        loss.backward()
+        found.append((loss, router.weight.grad, routing))
+    (loss, grad, routing), (noisy_loss, noisy_grad, noisy_routing) = found
+    assert torch.equal(noisy_loss, loss) and torch.equal(noisy_grad, grad)
+    assert torch.equal(noisy_routing.logits_TE, routing.logits_TE)
+    assert not torch.equal(noisy_routing.probs_TE, routing.probs_TE)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moedist.moe.bank.local import LocalConfig
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
+from moedist.moe.report import StepCounts
 from moedist.train.build import build_model
 from moedist.train.config import RunConfig
 from tests.ranks import Here
@@ -102,9 +103,10 @@ def one_device(config: RunConfig, num_rows: int, micro_batch: int) -> Reference:
     assert any(not batch.valid_BS.any() for batch in batches) or micro_batch > ROWS
     num_tokens = torch.stack([batch.num_tokens() for batch in batches]).sum()
     num_targets = int(torch.stack([batch.num_targets() for batch in batches]).sum())
-    total = 0.0
+    total, counts = 0.0, StepCounts()
     for batch in batches:
-        output = spread.model(batch, StepContext(config.seed, torch.tensor(0), num_tokens, training=True))
+        output = spread.model(batch, StepContext(config.seed, torch.tensor(0), num_tokens, True, counts))
+        counts = counts.after(output.reports)
         loss = cross_entropy(output.logits_BSV.flatten(0, 1), batch.target_BS.flatten(), reduction="sum") / num_targets
         total += loss.item()
         for report in output.reports:

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moedist.config import Choice, require
-from moedist.mesh import Axis
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.router.contract import Router, Routing
 
+Scope = Literal["global", "micro_batch", "sequence"]
+
 
 class BalanceLoss(nn.Module):
-    """A differentiable loss, in shares that add up over ranks and micro-batches.
-
-    Attributes:
-        dp: the data-parallel axis, for losses that look at the tokens of all ranks.
-    """
+    """A differentiable loss, in shares that add up over ranks and micro-batches."""
 
     def __init__(self, config: BalanceLossConfig):
         super().__init__()
         self.config = config
-        self.dp = Axis("dp")
 
-    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
+    def count(self, routing: Routing, ctx: TokenContext) -> Tensor | None:
+        """What the loss must know of tokens that are not in this micro-batch, as this micro-batch's part of it: sums
+        over tokens, without gradient, of one shape on all ranks. The layer adds up the parts of all ranks, and of the
+        step's other micro-steps as the config says, and hands them to `forward`. None for nothing.
+        """
+        return None
+
+    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None) -> Tensor:
         """0-dim, fp32 or wider, without coefficient: this rank's share of the step's value. Called on every rank in
-        every micro-step of training, so it may hold collectives over ``dp``."""
+        every micro-step of training.
+
+        Args:
+            counts: of the loss's whole scope; None where that is this micro-batch alone.
+        """
         raise NotImplementedError
 
     def coefficient(self, ctx: TokenContext) -> Tensor:
@@ -75,6 +83,11 @@ class BalanceLossConfig(BalanceConfig):
     final_coefficient: float | None = dataclasses.field(default=None, kw_only=True)
     coefficient_steps: int = dataclasses.field(default=1000, kw_only=True)
 
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether counts of the whole step must be known before its first backward."""
+        return False
+
     def __post_init__(self) -> None:
         for key in ("coefficient", "final_coefficient"):
             value = getattr(self, key)
@@ -82,6 +95,39 @@ class BalanceLossConfig(BalanceConfig):
         require(
             self.coefficient_steps >= 1, "coefficient_steps", self.coefficient_steps, "is no length", "Set 1 or more."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScopedLossConfig(BalanceLossConfig):
+    """A loss of a group of tokens, which is no sum of its tokens' losses: products of means do not add up.
+
+    The loss is the mean over groups, weighted by valid tokens; so the coefficient acts alike however a batch is cut.
+
+    Attributes:
+        scope: the group: ``global`` (the tokens of all ranks), ``micro_batch`` (one rank's in one micro-step) or
+            ``sequence``.
+        accumulation: what ``global`` counts where a step has several micro-steps: ``running``, those so far, or
+            ``two_pass``, the whole step, counted first by a forward pass without gradient: value and gradient then
+            don't depend on how the batch is cut.
+    """
+
+    scope: Scope = "global"
+    accumulation: Literal["running", "two_pass"] = dataclasses.field(default="running", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.accumulation == "running" or self.scope == "global",
+            "accumulation",
+            self.accumulation,
+            f"counts the whole step, and scope = {self.scope} a part of it",
+            "Set it to running, or scope to global.",
+        )
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """See ``accumulation``."""
+        return self.accumulation == "two_pass"
 
 
 def per_token(total: Tensor, ctx: TokenContext) -> Tensor:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moedist.mesh.collectives import all_sum
-from moedist.moe.balance.contract import BalanceLoss, BalanceLossConfig
+from moedist.moe.balance.contract import BalanceLoss, ScopedLossConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.router.contract import Routing
 
 
 @dataclasses.dataclass(frozen=True)
-class ImportanceConfig(BalanceLossConfig):
-    """``CV(importance)^2``, importance being each expert's sum of the full distribution; 0 when even.
-
-    Attributes:
-        scope: the tokens that are summed over; see `switch`.
-    """
+class ImportanceConfig(ScopedLossConfig):
+    """``CV(importance)^2``, importance being each expert's sum of the full distribution; 0 when even."""
 
     coefficient: float = 0.01
-    scope: Literal["global", "micro_batch", "sequence"] = "global"
 
     def build(self, num_experts: int) -> ImportanceLoss:  # noqa: D102
         return ImportanceLoss(self)
@@ -33,30 +26,40 @@ class ImportanceConfig(BalanceLossConfig):
 class SquaredVariation(BalanceLoss):
     """``CV^2`` of a sum over tokens, in the scope of the config; a subclass says of what."""
 
-    config: BalanceLossConfig
+    config: ScopedLossConfig
 
     def terms(self, routing: Routing) -> Tensor:
         """[T, E], with gradient: what is summed."""
         raise NotImplementedError
 
-    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
+    def valid_terms(self, routing: Routing, ctx: TokenContext) -> Tensor:
+        """The same without padding."""
+        return self.terms(routing).masked_fill(~ctx.valid_T[:, None], 0)
+
+    def count(self, routing: Routing, ctx: TokenContext) -> Tensor | None:
+        """fp64 [E + 1]: the sums, and behind them the number of tokens."""
+        if self.config.scope != "global":
+            return None
+        sum_E = self.valid_terms(routing, ctx).detach().sum(0)
+        return torch.cat([sum_E.double(), ctx.valid_T.sum()[None].double()])
+
+    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None) -> Tensor:
         """The mean over groups, weighted by valid tokens; this rank's share of it."""
-        scope = getattr(self.config, "scope", "global")
-        term_TE = self.terms(routing).masked_fill(~ctx.valid_T[:, None], 0)
+        term_TE = self.valid_terms(routing, ctx)
         valid_T = ctx.valid_T.to(term_TE.dtype)
-        if scope == "sequence":
+        if self.config.scope == "sequence":
             length = term_TE.shape[0] // max(ctx.num_sequences, 1)
             own_GE = term_TE.view(ctx.num_sequences, length, term_TE.shape[1]).sum(1)
             own_G = valid_T.view(ctx.num_sequences, length).sum(1)
         else:
             own_GE, own_G = term_TE.sum(0)[None], valid_T.sum()[None]
         sum_GE, tokens_G = own_GE, own_G
-        if scope == "global":
-            # The sum of all ranks, in which this rank's part alone carries gradient.
-            sum_GE = own_GE + (all_sum(own_GE.detach().clone(), self.dp) - own_GE.detach())
-            tokens_G = all_sum(own_G.clone(), self.dp)
+        if counts is not None:
+            # The whole scope's sum, in which this micro-batch's part alone carries gradient.
+            sum_GE = own_GE + (counts[:-1] - own_GE.detach()).to(own_GE.dtype)
+            tokens_G = counts[-1:].to(own_G.dtype)
         value_G = squared_cv(sum_GE)
-        # Gradients count with the group's whole weight on every rank; the value is cut into shares by tokens.
+        # Gradients count with the group's whole weight in every part; the value is cut into shares by tokens.
         share_G = (value_G - value_G.detach()) * tokens_G + value_G.detach() * own_G
         return share_G.sum() / ctx.num_tokens.clamp_min(1)
 

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from torch import Tensor
 
 from moedist.config import require
-from moedist.moe.balance.contract import BalanceLossConfig
+from moedist.moe.balance.contract import ScopedLossConfig
 from moedist.moe.balance.importance import SquaredVariation
 from moedist.moe.router.contract import Router, Routing
 from moedist.moe.router.noisy import NoisyRouter
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadConfig(BalanceLossConfig):
+class LoadConfig(ScopedLossConfig):
     """``CV(load)^2``, an expert's load being the sum over tokens of the probability that fresh noise would choose it.
 
     Counts have no gradient; this smooth estimate has. It needs the noise of ``router: noisy``.
-
-    Attributes:
-        scope: the tokens that are summed over; see `switch`.
     """
 
     coefficient: float = 0.01
-    scope: Literal["global", "micro_batch", "sequence"] = "global"
 
     def check(self, router: Router) -> None:
         """Only a noisy router has a smooth load."""

@@ -9,28 +9,24 @@ import torch
 from torch import Tensor
 
 from moedist.config import require
-from moedist.mesh.collectives import all_sum
-from moedist.moe.balance.contract import BalanceLoss, BalanceLossConfig, per_token
+from moedist.moe.balance.contract import BalanceLoss, ScopedLossConfig, per_token
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan, count
 from moedist.moe.router.contract import Router, Routing
 
 
 @dataclasses.dataclass(frozen=True)
-class SwitchConfig(BalanceLossConfig):
+class SwitchConfig(ScopedLossConfig):
     """``E * sum_i f_i * P_i``; 1 for uniform routing at any K.
 
     f_i is expert i's share of the pairs *before* any drop (counted after it, a full expert would look balanced and the
     gradient would die); P_i is the mean of the full distribution and carries the gradient.
 
     Attributes:
-        scope: the tokens over which f is counted: ``global`` (all ranks of a micro-step), ``micro_batch`` (one rank) or
-            ``sequence``. The loss is the mean over these groups, weighted by valid tokens.
         count: which pairs f counts: ``all``, or tokens' ``first`` choices alone (GShard, DeepSpeed's top-2).
     """
 
     coefficient: float = 0.01
-    scope: Literal["global", "micro_batch", "sequence"] = "global"
     count: Literal["all", "first"] = "all"
 
     def check(self, router: Router) -> None:
@@ -56,24 +52,29 @@ class SwitchLoss(BalanceLoss):
         super().__init__(config)
         self.num_experts = num_experts
 
-    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
+    def count(self, routing: Routing, ctx: TokenContext) -> Tensor | None:
+        """int64 [E]: the pairs that f counts."""
+        return self.asked(routing, ctx) if self.config.scope == "global" else None
+
+    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None) -> Tensor:
         """The mean over groups weighted by valid tokens is one sum over tokens: ``E / T sum_t sum_i f_i(t) p_ti``."""
         probs_TE = routing.probs_TE.masked_fill(~ctx.valid_T[:, None], 0)
-        counts_N = self.counted(routing, ctx)
         if self.config.scope == "sequence":
             pair_N = ctx.sequence_T[routing.token_N] * self.num_experts + routing.expert_N
-            asked_BE = count(pair_N, ctx.num_sequences * self.num_experts, counts_N)
+            asked_BE = count(pair_N, ctx.num_sequences * self.num_experts, self.counted(routing, ctx))
             asked_GE = asked_BE.view(-1, self.num_experts)
             # [B, E] sums of probabilities: what index_add would give, without its order of adding.
             length = probs_TE.shape[0] // max(ctx.num_sequences, 1)
             mass_GE = probs_TE.view(ctx.num_sequences, length, self.num_experts).sum(1)
         else:
-            asked_E = count(routing.expert_N, self.num_experts, counts_N)
-            if self.config.scope == "global":
-                asked_E = all_sum(asked_E, self.dp)
+            asked_E = self.asked(routing, ctx) if counts is None else counts
             asked_GE, mass_GE = asked_E[None], probs_TE.sum(0)[None]
         share_GE = asked_GE.to(mass_GE.dtype) / asked_GE.sum(1, keepdim=True).clamp_min(1)
         return self.num_experts * per_token((share_GE * mass_GE).sum(), ctx)
+
+    def asked(self, routing: Routing, ctx: TokenContext) -> Tensor:
+        """int64 [E]: the pairs that f counts, of this micro-batch."""
+        return count(routing.expert_N, self.num_experts, self.counted(routing, ctx))
 
     def counted(self, routing: Routing, ctx: TokenContext) -> Tensor:
         """Bool [N]: the pairs that f counts, before any drop; padding never."""

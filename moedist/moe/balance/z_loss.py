@@ -25,7 +25,7 @@ class ZLossConfig(BalanceLossConfig):
 class ZLoss(BalanceLoss):
     """The loss of one layer."""
 
-    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> Tensor:
+    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None) -> Tensor:
         """``1 / T sum_t logsumexp(logits_t) ** 2``."""
         squared_T = routing.logits_TE.logsumexp(1).square()
         return per_token(squared_T.masked_fill(~ctx.valid_T, 0).sum(), ctx)

@@ -25,7 +25,7 @@ class Routing:
         gate_N: weight of the expert's output, fp32 or wider, with gradient.
         score_TE: unbiased scores, with gradient: who stays under ``drop_policy: probability``, and the gate of a pair
             that overflow sends to another expert.
-        logits_TE: raw, un-noised logits, fp32 or wider, with gradient (z-loss).
+        logits_TE: raw logits, without noise and of un-jittered vectors, fp32 or wider, with gradient (z-loss).
         probs_TE: the full distribution over experts, rows sum to 1, with gradient (balance losses).
         pairs_per_token: K where pair ``t * K + k`` is token t's choice k; None where pairs have another order.
         live_N: false at pairs that are there for the shape's sake only; None where all count.
