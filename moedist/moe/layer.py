@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class MoELayer(nn.Module):
         self.bank = config.bank.build(experts, config.dispatch)
         methods = {name: method.build(config.num_experts) for name, method in config.balance.items()}
         self.losses = nn.ModuleDict({name: part for name, part in methods.items() if isinstance(part, BalanceLoss)})
-        self.bias_rules = nn.ModuleList(part for part in methods.values() if isinstance(part, BalanceBias))
+        self.bias_rules = nn.ModuleDict({n: part for n, part in methods.items() if isinstance(part, BalanceBias)})
         if self.bias_rules:
             self.router.add_selection_bias()
         self.shared: SharedExpert | None = None
@@ -176,6 +177,7 @@ class MoELayer(nn.Module):
             losses[name] = loss(routing, plan, ctx, scope_counts)
             coefficients[name] = loss.coefficient(ctx)
         with torch.no_grad():
+            observed = self.observe(routing, ctx) if ctx.training else {}
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
             largest = max(math.log(self.config.num_experts), 1e-30)
             return MoEReport(
@@ -183,6 +185,7 @@ class MoELayer(nn.Module):
                 losses=losses,
                 coefficients=coefficients,
                 counts=counts,
+                observed=observed,
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
@@ -199,17 +202,28 @@ class MoELayer(nn.Module):
         self.bank.spread(placement, ep)
         self.dp = dp
 
+    def observe(self, routing: Routing, ctx: TokenContext) -> dict[str, Tensor]:
+        """What the rules for the selection bias must know of this micro-batch, by name."""
+        seen = {name: rule.observe(self.router, routing, ctx) for name, rule in self._rules()}
+        return {name: part for name, part in seen.items() if part is not None}
+
     @torch.no_grad()
-    def move_bias(self, load_E: Tensor) -> None:
-        """Moves the selection bias by every rule; called once per optimizer step.
+    def move_bias(self, load_E: Tensor, observed: Mapping[str, Tensor]) -> None:
+        """Moves the selection bias by every rule; called once per optimizer step, with the sums of the whole global
+        batch.
 
         Args:
-            load_E: int64 pairs that the step's whole global batch asked of each expert, before any limit.
+            load_E: int64 pairs asked of each expert, before any limit.
+            observed: `MoEReport.observed`.
         """
-        for rule in self.bias_rules:
-            assert isinstance(rule, BalanceBias)
+        for name, rule in self._rules():
             assert self.router.selection_bias is not None
-            self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E))
+            self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E, observed.get(name)))
+
+    def _rules(self) -> Iterator[tuple[str, BalanceBias]]:
+        for name, rule in self.bias_rules.items():
+            assert isinstance(rule, BalanceBias)
+            yield name, rule
 
     def init_weights(self, draw: Draw) -> None:
         """Fills router, experts (by global id) and shared expert from named draws."""

@@ -51,6 +51,7 @@ class MoEReport:
         coefficients: 0-dim, what each loss is multiplied by, once, in the objective.
         counts: what losses of scope ``global`` have counted in this micro-step over all ranks, by name, without
             gradient; see `StepCounts`.
+        observed: int64, what rules for the selection bias must know of this rank's micro-batch, by name; in training.
         router_entropy: 0-dim, without gradient: this rank's share of mean over tokens of H(p) / ln E.
         asked_E: int64 pairs per expert (global id) before any limit.
         kept_E: int64 pairs that each expert computed.
@@ -61,6 +62,7 @@ class MoEReport:
     losses: dict[str, Tensor]
     coefficients: dict[str, Tensor]
     counts: dict[str, Tensor]
+    observed: dict[str, Tensor]
     router_entropy: Tensor
     asked_E: Tensor
     kept_E: Tensor
@@ -77,6 +79,7 @@ class PackedReports:
         coefficient_LJ: their coefficients.
         entropy_L: shares of the router entropy.
         count_LME: int64; M = 5: asked, kept, and dropped by each of the `DROP_REASONS`.
+        observed: what rules for the selection bias must know, by name, of each layer.
     """
 
     names: tuple[str, ...]
@@ -84,6 +87,7 @@ class PackedReports:
     coefficient_LJ: Tensor
     entropy_L: Tensor
     count_LME: Tensor
+    observed: tuple[dict[str, Tensor], ...]
 
     def objective(self) -> Tensor:
         """0-dim: sum over layers and losses of coefficient x loss, this rank's share."""
@@ -103,4 +107,5 @@ def pack_reports(reports: Sequence[MoEReport]) -> PackedReports:
         coefficient_LJ=coefficient_LJ,
         entropy_L=torch.stack([r.router_entropy for r in reports]),
         count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E, *r.dropped_ME]) for r in reports]),
+        observed=tuple(r.observed for r in reports),
     )

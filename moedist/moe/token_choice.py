@@ -184,6 +184,11 @@ class TokenChoiceRouter(Router):
         device = next(self.parameters()).device
         self.selection_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
+    def shortfall(self, routing: Routing) -> Tensor:
+        """See the contract."""
+        assert self.selection_bias is not None, "there is nothing to fall short of"
+        return shortfall(routing.score_TE.detach() + self.selection_bias, self.top_k, self.config.groups)
+
     def init_weights(self, draw: Draw) -> None:
         """Clears the bias; a subclass fills its parameters as well."""
         if self.selection_bias is not None:
@@ -272,7 +277,24 @@ def scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
 
 
 def best_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
-    """[T, E] bool: whether an expert is in one of its token's best groups; equal groups go to the lowest index.
+    """[T, E] bool: whether an expert is in one of its token's best groups; equal groups go to the lowest index."""
+    score_TGM = by_group(score_TE, groups)
+    group_TG = group_scores(score_TGM, groups)
+    best = group_TG.sort(dim=1, descending=True, stable=True).indices[:, : groups.top_groups]
+    allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best, True)
+    return allowed_TG[:, :, None].expand_as(score_TGM).reshape(score_TE.shape)
+
+
+def group_notes(model: nn.Module, num_nodes: int | None) -> list[str]:
+    """`GroupLimit.note` of all routers of a model, each line once; ``num_nodes`` as there."""
+    routers = (module for module in model.modules() if isinstance(module, TokenChoiceRouter))
+    limits = dict.fromkeys(router.config.groups for router in routers)
+    notes = (limit.note(num_nodes) for limit in limits if limit is not None)
+    return [note for note in notes if note is not None]
+
+
+def by_group(score_TE: Tensor, groups: GroupLimit) -> Tensor:
+    """[T, G, M]: a view by the groups' M experts each.
 
     Raises:
         ConfigError: the groups follow nodes and nobody has said how many there are.
@@ -286,19 +308,32 @@ def best_groups(score_TE: Tensor, groups: GroupLimit) -> Tensor:
     )
     assert groups.num_groups is not None
     num_tokens, num_experts = score_TE.shape
-    score_TGM = score_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
+    return score_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
+
+
+def group_scores(score_TGM: Tensor, groups: GroupLimit) -> Tensor:
+    """[T, G]: what each group is worth."""
     if groups.score == "max":
-        group_TG = score_TGM.amax(2)
-    else:
-        group_TG = score_TGM.sort(dim=2, descending=True).values[:, :, :2].sum(2)
-    best = group_TG.sort(dim=1, descending=True, stable=True).indices[:, : groups.top_groups]
-    allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best, True)
-    return allowed_TG[:, :, None].expand_as(score_TGM).reshape(score_TE.shape)
+        return score_TGM.amax(2)
+    return score_TGM.sort(dim=2, descending=True).values[:, :, :2].sum(2)
 
 
-def group_notes(model: nn.Module, num_nodes: int | None) -> list[str]:
-    """`GroupLimit.note` of all routers of a model, each line once; ``num_nodes`` as there."""
-    routers = (module for module in model.modules() if isinstance(module, TokenChoiceRouter))
-    limits = dict.fromkeys(router.config.groups for router in routers)
-    notes = (limit.note(num_nodes) for limit in limits if limit is not None)
-    return [note for note in notes if note is not None]
+def shortfall(order_TE: Tensor, top_k: int, groups: GroupLimit | None) -> Tensor:
+    """`Router.shortfall` of the scores that are compared; -inf where every expert is chosen anyway."""
+    if top_k == order_TE.shape[1]:
+        return torch.full_like(order_TE, -torch.inf)
+    open_TE = order_TE if groups is None else order_TE.masked_fill(~best_groups(order_TE, groups), -torch.inf)
+    first_out_T1 = open_TE.sort(dim=1, descending=True).values[:, top_k, None]
+    short_TE = first_out_T1 - order_TE
+    return short_TE if groups is None else torch.maximum(short_TE, group_shortfall(order_TE, groups))
+
+
+def group_shortfall(score_TE: Tensor, groups: GroupLimit) -> Tensor:
+    """[T, E]: by how much all experts of each one's group together fall short of bringing the group among the best."""
+    score_TGM = by_group(score_TE, groups)
+    group_TG = group_scores(score_TGM, groups)
+    if groups.top_groups == group_TG.shape[1]:
+        return torch.full_like(score_TE, -torch.inf)
+    first_out_T1 = group_TG.sort(dim=1, descending=True).values[:, groups.top_groups, None]
+    short_TG = (first_out_T1 - group_TG) / (1 if groups.score == "max" else 2)
+    return short_TG[:, :, None].expand_as(score_TGM).reshape(score_TE.shape)

@@ -51,6 +51,10 @@ class Tally:
                 loss_LJ=self._sum.loss_LJ + reports.loss_LJ,
                 entropy_L=self._sum.entropy_L + reports.entropy_L,
                 count_LME=self._sum.count_LME + reports.count_LME,
+                observed=tuple(
+                    {name: part + here[name] for name, part in so_far.items()}
+                    for so_far, here in zip(self._sum.observed, reports.observed, strict=True)
+                ),
             )
         self._sum = reports
 
@@ -63,6 +67,18 @@ class Tally:
         """int64 [L, E]: pairs that the step asked of each expert, over all ranks; called by all."""
         assert self._sum is not None, "a model without MoE layers"
         return all_sum(self._sum.count_LME[:, ASKED].clone(), axis)
+
+    def global_observed(self, axis: Axis) -> list[dict[str, Tensor]]:
+        """What each layer's rules for the selection bias observed in the step, by name, over all ranks, for one reduce;
+        called by all."""
+        assert self._sum is not None, "a model without MoE layers"
+        layers = self._sum.observed
+        parts = [part for layer in layers for part in layer.values()]
+        if not parts:
+            return [{} for _ in layers]
+        sums = all_sum(torch.cat([part.flatten() for part in parts]), axis).split([part.numel() for part in parts])
+        total = iter(sums)
+        return [{name: next(total).view_as(part) for name, part in layer.items()} for layer in layers]
 
     def share_last_seen(self, axis: Axis) -> Tensor:
         """``last_seen_LE`` over all ranks; called by all."""

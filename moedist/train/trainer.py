@@ -345,8 +345,9 @@ class Trainer:
         """Lets every layer that balances by a bias move it, once per step, by the counts of the whole global batch."""
         if any(layer.bias_rules for layer in self.moe_layers):
             load_LE = self.tally.global_load(self.mesh.dp)
-            for layer, load_E in zip(self.moe_layers, load_LE, strict=True):
-                layer.move_bias(load_E)
+            observed = self.tally.global_observed(self.mesh.dp)
+            for layer, load_E, seen in zip(self.moe_layers, load_LE, observed, strict=True):
+                layer.move_bias(load_E, seen)
 
     def agree(self, micro_batches: list[TokenBatch]) -> Totals:
         """Sizes of the global batch, and whether any rank was asked to stop or failed to save."""

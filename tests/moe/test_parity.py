@@ -17,6 +17,7 @@ import torch
 from moedist.moe.balance.bias import BiasConfig
 from moedist.moe.balance.importance import ImportanceConfig
 from moedist.moe.balance.load import LoadConfig
+from moedist.moe.balance.quantile import QuantileConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.capacity import CapacityConfig
@@ -126,6 +127,8 @@ def cases_of_the_field() -> Iterator[tuple[MoEConfig, Scene]]:
                 balance["load"] = LoadConfig(0.4, scopes[2])
             if name == "deepseek":
                 balance["bias"] = BiasConfig()
+            if name == "groups by max":
+                balance["quantile"] = QuantileConfig()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a factor below 1 is the point here
                 capacity = CapacityConfig(

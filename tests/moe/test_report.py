@@ -14,6 +14,7 @@ def report(losses, coefficients, counts):
         losses={name: torch.tensor(value, requires_grad=True) for name, value in losses.items()},
         coefficients={name: torch.tensor(value) for name, value in coefficients.items()},
         counts={},
+        observed={},
         router_entropy=torch.tensor(0.5),
         asked_E=torch.tensor(counts),
         kept_E=torch.tensor(counts) // 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from moedist.data.loader import Loader
 from moedist.data.synthetic import SyntheticConfig
 from moedist.mesh import Axis, Mesh
 from moedist.moe.balance.bias import BiasConfig
+from moedist.moe.balance.quantile import QuantileConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.layer import MoELayer
 from moedist.moe.router.topk import TopKConfig
@@ -30,6 +32,14 @@ BIASED = changed(
 )
 
 
+RULES = {"bias": BiasConfig(RATE), "quantile": QuantileConfig(memory=0.3)}
+
+
+def by_rule(rule: str):
+    """One rule and a loss."""
+    return changed(BIASED, moe={"balance": {rule: RULES[rule], "switch": SwitchConfig(0.01, "sequence")}})
+
+
 def loader_of(world: int, rank: int, accumulation: int) -> Loader:
     """8 rows per step, the last two and a half of them padding."""
     source = SyntheticConfig(vocab_size=37, num_tokens=20 * (8 * LENGTH - 40), document_length=9, jump_rate=0.3).open()
@@ -44,9 +54,11 @@ def loader_of(world: int, rank: int, accumulation: int) -> Loader:
     )
 
 
-def biases(here: Here, ep: int, accumulation: int, recompute: bool) -> list[dict[str, torch.Tensor]]:
+def biases(
+    here: Here, ep: int, accumulation: int, recompute: bool, rule: str = "bias"
+) -> list[dict[str, torch.Tensor]]:
     """Bias and global counts of every layer after each of two steps, an evaluation between them."""
-    config = changed(BIASED, train={"activation_checkpointing": "selective" if recompute else "none"})
+    config = changed(by_rule(rule), train={"activation_checkpointing": "selective" if recompute else "none"})
     mesh, found = here.mesh_of(ep), []
     trainer = make_trainer(config, config.data.open(), mesh)
     for _ in range(2):
@@ -95,6 +107,40 @@ def test_formula_on_global_counts(ranks, world, ep, accumulation, recompute):
         assert torch.equal(steps[1]["count"], results[0][1]["count"])
 
 
+def test_quantiles_are_those_of_the_global_batch(ranks):
+    """Pitfalls 14 and 15: the same bias on every rank, over ranks, EP, accumulation, recomputation and padding."""
+    expected = biases(Alone(), 1, 4, False, "quantile")
+    assert expected[0]["bias"].abs().max() > 0.01 and not torch.equal(expected[0]["bias"], expected[1]["bias"])
+    found = [biases(Alone(), 1, 4, True, "quantile")]
+    for world, layouts in ((2, [(2, 2, False)]), (4, [(1, 1, True), (2, 1, False), (4, 1, True)])):
+        for layout in layouts:
+            found += ranks(world).run(biases, *layout, "quantile")
+    for steps in found:
+        for got, wanted in zip(steps, expected, strict=True):
+            assert torch.equal(got["count"], wanted["count"]) and got["bias"].dtype == torch.float32
+            torch.testing.assert_close(got["bias"], wanted["bias"], atol=1e-7, rtol=0)
+
+
+def test_a_quantile_is_the_step_s_and_acts_from_the_next_one_on():
+    """By the definition, from what the routers of two micro-steps said: each token's best score outside its choice is
+    its price, and the bias moves by the K / E quantile of price - score."""
+    config = by_rule("quantile")
+    trainer = make_trainer(config, config.data.open(), Mesh.alone())
+    layer, seen = trainer.moe_layers[0], []
+    layer.router.register_forward_hook(
+        lambda module, args, routing: seen.append((routing.score_TE[args[1].valid_T], module.selection_bias.clone()))
+    )
+    loader = loader_of(1, 0, 4)
+    assert trainer.step(loader)
+    assert len(seen) == 4 and all((bias_E == 0).all() for _, bias_E in seen), "used on the batch it was made from"
+    score_TE = torch.cat([score_TE for score_TE, _ in seen]).detach()
+    short_TE = score_TE.sort(dim=1, descending=True).values[:, 2, None] - score_TE
+    rank = score_TE.shape[0] * 2 / 8
+    expected_E = short_TE.sort(dim=0).values[math.ceil(rank) - 1]
+    expected_E = 0.7 * (expected_E - expected_E.mean())
+    torch.testing.assert_close(bias_of(trainer)[0].double(), expected_E, atol=5e-3, rtol=0)
+
+
 class Alone(Here):
     """One process."""
 
@@ -106,9 +152,10 @@ class Alone(Here):
 
 
 @pytest.mark.pitfall("14")
-def test_the_bias_is_in_checkpoints(tmp_path: Path):
+@pytest.mark.parametrize("rule", RULES)
+def test_the_bias_is_in_checkpoints(tmp_path: Path, rule: str):
     """Pitfall 14: fp32, not zero and equal after a save and a load, also in a bf16 run."""
-    config = changed(BIASED, train={"precision": "bf16"})
+    config = changed(by_rule(rule), train={"precision": "bf16"})
     trainer = make_trainer(config, config.data.open(), Mesh.alone(), tmp_path)
     trainer.step(loader_of(1, 0, 4))
     expected = bias_of(trainer)

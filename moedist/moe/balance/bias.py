@@ -7,13 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from moedist.config import ConfigError, require
-from moedist.moe.balance.contract import BalanceBias, BalanceConfig
-from moedist.moe.router.contract import Router
+from moedist.config import require
+from moedist.moe.balance.contract import BalanceBias, SelectionBiasConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasConfig(BalanceConfig):
+class BiasConfig(SelectionBiasConfig):
     """Once per optimizer step ``bias += rate * sign(mean load - load)``, then centred on 0.
 
     The counts are those of the whole global batch, before any limit, in int64; evaluation moves nothing.
@@ -29,13 +28,6 @@ class BiasConfig(BalanceConfig):
     def __post_init__(self) -> None:
         require(self.rate > 0, "rate", self.rate, "moves nothing", "Set it above 0; 1e-3 is common.")
 
-    def check(self, router: Router) -> None:
-        """The router must have a selection to move."""
-        try:
-            router.add_selection_bias()
-        except ConfigError as error:
-            raise ConfigError("kind", "bias", f"cannot be used: {error.problem}", error.remedy) from None
-
     def build(self, num_experts: int) -> BiasRule:  # noqa: D102
         return BiasRule(self)
 
@@ -47,7 +39,7 @@ class BiasRule(BalanceBias):
         super().__init__()
         self.config = config
 
-    def forward(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
+    def forward(self, bias_E: Tensor, load_E: Tensor, observed: Tensor | None = None) -> Tensor:
         """fp32 [E]."""
         # Integers: mean - load has the sign of total - E * load, which no rounding can flip.
         error_E = load_E.sum() - load_E.shape[0] * load_E

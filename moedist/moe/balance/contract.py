@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moedist.config import Choice, require
+from moedist.config import Choice, ConfigError, require
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.router.contract import Router, Routing
@@ -51,8 +51,19 @@ class BalanceLoss(nn.Module):
 class BalanceBias(nn.Module):
     """A rule for the router's selection bias; no loss, no gradient."""
 
-    def forward(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
-        """The bias (fp32 [E]) after an optimizer step in which the whole global batch asked for ``load_E`` (int64)."""
+    def observe(self, router: Router, routing: Routing, ctx: TokenContext) -> Tensor | None:
+        """What the rule must know besides the load, of this rank's micro-batch in training: int64 counts of one shape,
+        which are added up over the step's micro-steps and all ranks. None for nothing."""
+        return None
+
+    def forward(self, bias_E: Tensor, load_E: Tensor, observed: Tensor | None = None) -> Tensor:
+        """The bias (fp32 [E]) after an optimizer step, from the counts of the whole global batch.
+
+        Args:
+            bias_E: fp32, the bias that the step was routed with.
+            load_E: int64 pairs that asked for each expert, before any limit.
+            observed: the sum of what `observe` returned.
+        """
         raise NotImplementedError
 
 
@@ -66,6 +77,18 @@ class BalanceConfig(Choice, path="moe.balance"):
     def build(self, num_experts: int) -> BalanceLoss | BalanceBias:
         """For a layer of ``num_experts``."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionBiasConfig(BalanceConfig):
+    """A rule for the selection bias."""
+
+    def check(self, router: Router) -> None:
+        """The router must have a selection to move."""
+        try:
+            router.add_selection_bias()
+        except ConfigError as error:
+            raise ConfigError("kind", self.kind, f"cannot be used: {error.problem}", error.remedy) from None
 
 
 @dataclasses.dataclass(frozen=True)

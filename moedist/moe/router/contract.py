@@ -105,6 +105,11 @@ class Router(nn.Module):
         """Raises `ConfigError`, with the key's full name, where it cannot be the router of its layer in a model whose
         blocks ``blocks`` have MoE layers. Asked before a run starts."""
 
+    def shortfall(self, routing: Routing) -> Tensor:
+        """[T, E], without gradient: by how much each expert's biased score falls short of being chosen by each token;
+        0 at the best one that was not chosen, below 0 at those chosen. Of routers with a `selection_bias`."""
+        raise NotImplementedError
+
     def forward(self, x_TD: Tensor, ctx: TokenContext) -> Routing:
         """Proposes pairs for [T, D] vectors; leaves ``x_TD`` as it is."""
         raise NotImplementedError
