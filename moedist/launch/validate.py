@@ -104,6 +104,7 @@ def _check_parts(config: RunConfig, mapping: Mapping[str, Any], world_size: int)
     errors = check_folder(config.run, mapping)
     errors += _check("mesh", config.mesh.check_world, world_size)
     errors += _check("moe", config.moe.check_spread, config.mesh.ep)
+    errors += _check("model", config.model.check_spread, config.mesh.ep)
     step, step_errors = _optimizer_step(config, world_size)
     errors += step_errors
     if step is not None:

@@ -74,6 +74,9 @@ class LanguageModel(nn.Module):
 class ModelConfig(Choice, path="model"):
     """One model family."""
 
+    def check_spread(self, ep: int) -> None:
+        """Raises `ConfigError` where a MoE layer that the model brings itself cannot be spread over ``ep`` ranks."""
+
     def build(
         self,
         vocab_size: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -56,6 +56,19 @@ class DecoderConfig(ModelConfig):
                 (spec.attention or self.attention).check(self.dim)
             except ConfigError as error:
                 raise error.under(f"layers.blocks.{index}.attention" if spec.attention else "attention") from None
+        self._check_ffns(lambda ffn: ffn.check_causal(None))
+
+    def check_spread(self, ep: int) -> None:
+        """See the contract."""
+        self._check_ffns(lambda ffn: ffn.check_spread(ep))
+
+    def _check_ffns(self, check: Callable[[FFNConfig], None]) -> None:
+        """Checks every feed-forward layer, and says of which block an error is."""
+        for index, spec in enumerate(self.layers.specs()):
+            try:
+                check(spec.ffn or self.ffn)
+            except ConfigError as error:
+                raise error.under(f"layers.blocks.{index}.ffn" if spec.ffn else "ffn") from None
 
     def blocks(self) -> list[LayerSpec]:
         """One complete spec per block, from the input to the output."""

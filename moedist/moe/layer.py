@@ -28,7 +28,7 @@ from moedist.moe.ffn import SharedExpert
 from moedist.moe.init import Draw, below, named_draw
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan, plan_capacity
-from moedist.moe.report import MoEReport
+from moedist.moe.report import CountedMass, MoEReport
 from moedist.moe.router.contract import RouterConfig, Routing
 from moedist.moe.router.topk import TopKConfig
 
@@ -167,15 +167,19 @@ class MoELayer(nn.Module):
 
     def report(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> MoEReport:
         """Balance losses in training only; counts and entropy always."""
-        losses, coefficients, counts = {}, {}, {}
+        losses, pooled, coefficients, counts = {}, {}, {}, {}
         for name, loss in self.losses.items() if ctx.training else ():
             assert isinstance(loss, BalanceLoss)
             scope_counts, part = None, loss.count(routing, ctx)
             if part is not None:
                 counts[name] = all_sum(part, self.dp)
                 scope_counts = ctx.counts.over_scope((self.layer, name), counts[name], loss.config.needs_whole_step)
-            losses[name] = loss(routing, plan, ctx, scope_counts)
+            share = loss(routing, plan, ctx, scope_counts)
             coefficients[name] = loss.coefficient(ctx)
+            if isinstance(share, CountedMass):
+                pooled[name] = share
+            else:
+                losses[name] = share
         with torch.no_grad():
             observed = self.observe(routing, ctx) if ctx.training else {}
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
@@ -184,6 +188,7 @@ class MoELayer(nn.Module):
                 layer=self.layer,
                 losses=losses,
                 coefficients=coefficients,
+                pooled=pooled,
                 counts=counts,
                 observed=observed,
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,

@@ -41,6 +41,24 @@ class StepCounts:
 
 
 @dataclasses.dataclass(frozen=True)
+class CountedMass:
+    """What a layer's Switch loss is made of, group by group.
+
+    Attributes:
+        counts_GE: int64 pairs that each expert was asked for by the whole group.
+        mass_GE: with gradient: probability of each expert, summed over the group's tokens in this micro-batch.
+    """
+
+    counts_GE: Tensor
+    mass_GE: Tensor
+
+    def loss(self) -> Tensor:
+        """0-dim: ``E sum_G sum_i f_Gi mass_Gi``, f being shares of pairs; a sum over tokens."""
+        share_GE = self.counts_GE.to(self.mass_GE.dtype) / self.counts_GE.sum(1, keepdim=True).clamp_min(1)
+        return self.counts_GE.shape[1] * (share_GE * self.mass_GE).sum()
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEReport:
     """One layer's account of one micro-batch on one rank.
 
@@ -49,6 +67,8 @@ class MoEReport:
         losses: unscaled balance losses by name, 0-dim, fp32 or wider, with gradient: this rank's share, so that the
             sum over ranks and micro-batches is the value of the step.
         coefficients: 0-dim, what each loss is multiplied by, once, in the objective.
+        pooled: this layer's part, divided by the valid tokens of the step, of losses that are taken over all layers
+            together; `pool_losses` makes losses of them.
         counts: what losses of scope ``global`` have counted in this micro-step over all ranks, by name, without
             gradient; see `StepCounts`.
         observed: int64, what rules for the selection bias must know of this rank's micro-batch, by name; in training.
@@ -61,6 +81,7 @@ class MoEReport:
     layer: int
     losses: dict[str, Tensor]
     coefficients: dict[str, Tensor]
+    pooled: dict[str, CountedMass]
     counts: dict[str, Tensor]
     observed: dict[str, Tensor]
     router_entropy: Tensor
@@ -94,8 +115,31 @@ class PackedReports:
         return (self.loss_LJ * self.coefficient_LJ).sum()
 
 
+def pool_losses(reports: Sequence[MoEReport]) -> list[MoEReport]:
+    """The reports of all MoE layers of a model, with a value for every loss that is taken over all of them together.
+
+    Shares of pairs are those of all layers. A layer's value is its own probability's part, so that the mean over layers
+    is the loss; its coefficient is divided by the number of layers, so that their sum is coefficient x loss.
+    """
+    pooled = list(reports)
+    for name in dict.fromkeys(name for report in reports for name in report.pooled):
+        places = [place for place, report in enumerate(reports) if name in report.pooled]
+        counts_GE = torch.stack([reports[place].pooled[name].counts_GE for place in places]).sum(0)
+        for place in places:
+            report = pooled[place]
+            loss = CountedMass(counts_GE, report.pooled[name].mass_GE).loss()
+            coefficient = report.coefficients[name] / len(places)
+            pooled[place] = dataclasses.replace(
+                report,
+                losses={**report.losses, name: loss},
+                coefficients={**report.coefficients, name: coefficient},
+            )
+    return pooled
+
+
 def pack_reports(reports: Sequence[MoEReport]) -> PackedReports:
     """Packs the reports of all MoE layers of a model (at least one), in their order."""
+    reports = pool_losses(reports)
     names = tuple(dict.fromkeys(name for report in reports for name in report.losses))
     zero = reports[0].router_entropy.new_zeros(())
     loss_LJ = torch.stack([torch.stack([r.losses.get(name, zero) for name in names] or [zero]) for r in reports])

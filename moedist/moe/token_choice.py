@@ -125,6 +125,8 @@ class TokenChoiceConfig(RouterConfig):
         scale: factor on all gates, after renormalising (DeepSeek-V3: 2.5).
         groups: group-limited selection; None for none.
         noise_std: standard deviation of gaussian noise on the logits, in training only; 0 for none.
+        selection_bias: whether a balancing bias may move the selection, beside the scores. ``refused`` where the chosen
+            experts must be those of the highest scores: in the softmax routers that were published so.
         input_jitter: the router's copy of its input is multiplied by uniform numbers of [1 - jitter, 1 + jitter], in
             training only (Switch: 1e-2); 0 for none.
     """
@@ -137,6 +139,7 @@ class TokenChoiceConfig(RouterConfig):
     groups: GroupLimit | None = None
     noise_std: float = 0.0
     input_jitter: float = 0.0
+    selection_bias: Literal["allowed", "refused"] = "allowed"
 
     def __post_init__(self) -> None:
         require(self.top_k >= 1, "top_k", self.top_k, "picks no expert", "Set it to 1 or more, or mode to dense.")
@@ -181,6 +184,15 @@ class TokenChoiceRouter(Router):
 
     def add_selection_bias(self) -> None:
         """See the contract."""
+        require(
+            self.config.selection_bias == "allowed",
+            "selection_bias",
+            self.config.selection_bias,
+            f"the router's selection_bias is refused: its experts are those of the highest {self.config.score} scores, "
+            "and a bias would choose others",
+            "Balance by a loss (moe/balance=switch), or let a bias choose: set moe.router.selection_bias to allowed, "
+            "best with moe.router.score = sigmoid, whose scores don't share one sum (DeepSeek-V3).",
+        )
         device = next(self.parameters()).device
         self.selection_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 

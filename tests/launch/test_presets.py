@@ -16,6 +16,7 @@ TABLE: dict[str, dict[str, object]] = {
     "switch": {
         "router.top_k": 1,
         "router.renormalize": False,
+        "router.selection_bias": "refused",
         "router.input_jitter": 1e-2,
         "capacity.factor": 1.25,
         "capacity.base": "tokens",
@@ -26,6 +27,7 @@ TABLE: dict[str, dict[str, object]] = {
     "gshard": {
         "router.top_k": 2,
         "router.renormalize": True,
+        "router.selection_bias": "refused",
         "capacity.factor": 2.0,
         "capacity.base": "tokens",
         "capacity.drop_policy": "choice",
@@ -36,6 +38,7 @@ TABLE: dict[str, dict[str, object]] = {
     "deepspeed_top1": {
         "router.top_k": 1,
         "router.renormalize": False,
+        "router.selection_bias": "refused",
         "capacity.factor": 1.0,
         "capacity.rounding": "ceil_float32",
         "capacity.min_capacity": 4,
@@ -47,6 +50,7 @@ TABLE: dict[str, dict[str, object]] = {
     "deepspeed_top2": {
         "router.top_k": 2,
         "router.renormalize": False,
+        "router.selection_bias": "refused",
         "capacity.factor": 1.0,
         "capacity.rounding": "ceil_float32",
         "capacity.min_capacity": 4,
@@ -59,6 +63,7 @@ TABLE: dict[str, dict[str, object]] = {
     "deepspeed_topk": {
         "router.top_k": 2,
         "router.renormalize": False,
+        "router.selection_bias": "refused",
         "capacity.factor": 1.0,
         "capacity.rounding": "ceil_float32",
         "capacity.min_capacity": 4,
@@ -70,6 +75,7 @@ TABLE: dict[str, dict[str, object]] = {
     "megatron": {
         "router.top_k": 2,
         "router.renormalize": True,
+        "router.selection_bias": "refused",
         "capacity.factor": 1.0,
         "capacity.drop_policy": "gate",
         "capacity.renormalize_after_drop": False,
@@ -80,6 +86,7 @@ TABLE: dict[str, dict[str, object]] = {
         "num_experts": 8,
         "router.top_k": 2,
         "router.renormalize": True,
+        "router.selection_bias": "refused",
         "capacity.factor": None,
         "balance": {"switch": 0.02},
     },
@@ -87,6 +94,7 @@ TABLE: dict[str, dict[str, object]] = {
         "num_experts": 64,
         "router.top_k": 8,
         "router.renormalize": False,
+        "router.selection_bias": "refused",
         "capacity.factor": None,
         "balance": {"switch": 0.01, "z_loss": 0.001},
     },
@@ -94,6 +102,7 @@ TABLE: dict[str, dict[str, object]] = {
         "num_experts": 128,
         "router.top_k": 8,
         "router.renormalize": True,
+        "router.selection_bias": "refused",
         "capacity.factor": None,
         "balance": {"switch": 0.001},
     },
@@ -114,6 +123,7 @@ TABLE: dict[str, dict[str, object]] = {
     "st_moe": {
         "router.top_k": 2,
         "router.renormalize": True,
+        "router.selection_bias": "refused",
         "capacity.factor": 1.25,
         "capacity.eval_factor": 2.0,
         "capacity.base": "tokens",
@@ -205,3 +215,21 @@ def test_presets_and_single_keys_go_together():
     assert (moe.capacity.factor, moe.capacity.drop_policy, moe.dispatch.kind) == (1.5, "choice", "padded")
     grouped = compose(["experiment=null", "moe.router.groups={num_groups: 4, top_groups: 2}"]).config.moe
     assert (grouped.router.groups.num_groups, grouped.router.groups.score) == (4, "top2_sum")
+
+
+@pytest.mark.parametrize("rule", ["bias", "quantile"])
+def test_a_bias_is_refused_by_presets_of_softmax_routers(rule: str):
+    """Their experts are those of the highest probability; who wants another selection says so."""
+    for name, row in TABLE.items():
+        methods = dict.fromkeys([*row.get("balance", {}), rule])
+        overrides = ["experiment=null", f"moe={name}", f"moe/balance=[{','.join(methods)}]"]
+        if row.get("router.selection_bias") == "refused":
+            with pytest.raises(ConfigError, match="highest softmax scores.*set moe.router.selection_bias to") as caught:
+                compose(overrides)
+            assert (caught.value.key, caught.value.value) == (f"moe.balance.{rule}.kind", rule)
+            compose([*overrides, "moe.router.selection_bias=allowed"])
+        elif name == "expert_choice":
+            with pytest.raises(ConfigError, match="has no selection"):
+                compose(overrides)
+        else:
+            compose(overrides)

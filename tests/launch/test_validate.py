@@ -41,6 +41,20 @@ def test_experts_and_ranks_that_do_not_fit():
     assert "moe.bank" in str(errors_of("moe/bank=local", "mesh.ep=2"))
 
 
+def test_a_block_s_own_experts_are_refused_under_their_own_key():
+    """Where the run's layer would do and a listed block brings another."""
+    block = "model.layers.blocks=[{{}},{{ffn:{{kind:moe,moe:{{{}}}}}}}]"
+    router = "capacity:{factor:null},balance:{},router:{kind:sinkhorn}"
+    with pytest.raises(ConfigErrors) as caught:
+        compose([*SMALL, *SYNTHETIC, "model/layers=listed", block.format(router)])
+    (error,) = caught.value.errors
+    assert error.key == "model.layers.blocks.1.ffn.moe.router.kind" and "the model is causal" in str(error)
+    errors = errors_of("model/layers=listed", block.format("num_experts:6"), "mesh.ep=4")
+    assert set(errors) == {"model.layers.blocks.1.ffn.moe.num_experts"}
+    errors = errors_of("moe/router=sinkhorn", "moe/balance=[]")
+    assert set(errors) == {"moe.router.kind"}
+
+
 def test_data_that_is_missing_or_short(tmp_path: Path):
     assert "data.files" in errors_of("data=text", f"data.files={tmp_path / 'gone.txt'}")
     assert "data.files" in errors_of("data=text")

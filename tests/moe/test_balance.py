@@ -16,6 +16,7 @@ from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
 from moedist.moe.plan import plan_capacity
+from moedist.moe.report import pack_reports
 from moedist.moe.router.topk import TopKConfig
 from moedist.parallel import spread
 from tests.moe.by_hand import dropless, route_logits, routing_of
@@ -215,6 +216,34 @@ def test_ranks_equal_one_process(ranks, scope):
     for got_value, got_grad in ranks(4).run(scoped_gradient, scope, 2):
         assert got_value == pytest.approx(value, abs=1e-12)
         torch.testing.assert_close(got_grad, grad, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_pooled_over_layers(scope):
+    """Against the definition: the shares of all layers' pairs, and the mean probability over layers and tokens."""
+    generator = torch.Generator().manual_seed(11)
+    logits_LTE = torch.randn(3, 12, 4, dtype=torch.float64, generator=generator) * torch.tensor([1, 3, 1, 1.0])
+    logits_LTE.requires_grad_()
+    ctx = TokenContext.of_rows(3, 4, valid_T=torch.arange(12) % 4 < torch.tensor([4, 3, 1]).repeat_interleave(4))
+    config = SwitchConfig(0.5, scope, layers="pooled")
+    reports = []
+    for logits_TE in logits_LTE:
+        layer = MoEConfig(num_experts=4, balance={"switch": config}).build(4, dtype=torch.float64)
+        with torch.no_grad():
+            layer.router.weight.copy_(torch.eye(4))
+        reports.append(layer(logits_TE, ctx).report)
+        assert reports[-1].losses == {}
+    objective = pack_reports(reports).objective()
+    groups = [ctx.valid_T] if scope != "sequence" else [ctx.valid_T & (ctx.sequence_T == row) for row in range(3)]
+    expected = 0.0
+    for in_T in groups:
+        probs_LTE = logits_LTE[:, in_T].softmax(2)
+        count_E = torch.bincount(probs_LTE.topk(2).indices.flatten(), minlength=4)
+        loss = 4 * (count_E / count_E.sum() * probs_LTE.mean((0, 1))).sum()
+        expected = expected + 0.5 * loss * in_T.sum() / ctx.valid_T.sum()
+    assert objective.item() == pytest.approx(expected.item(), abs=1e-7)
+    got, wanted = (torch.autograd.grad(value, logits_LTE)[0] for value in (objective, expected))
+    torch.testing.assert_close(got, wanted, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("config", [SwitchConfig, ImportanceConfig, LoadConfig])

@@ -249,14 +249,14 @@ def plant(fault: str) -> Any:
 
         return mock.patch.object(GradientTable, "sum_copies", divided)
     if fault == "counts after the drop":
-        from moedist.moe.balance.switch import SwitchLoss
+        from moedist.moe.layer import MoELayer
 
-        real_loss = SwitchLoss.forward
+        real_report = MoELayer.report
 
-        def after(self: SwitchLoss, routing: Any, plan: Any, ctx: Any) -> torch.Tensor:
-            return real_loss(self, dataclasses.replace(routing, live_N=plan.slot_N >= 0), plan, ctx)
+        def after(self: MoELayer, routing: Any, plan: Any, ctx: Any) -> Any:
+            return real_report(self, dataclasses.replace(routing, live_N=plan.slot_N >= 0), plan, ctx)
 
-        return mock.patch.object(SwitchLoss, "forward", after)
+        return mock.patch.object(MoELayer, "report", after)
     assert fault == "missing un-permute"
     from moedist.moe.dispatch import all_to_all
 

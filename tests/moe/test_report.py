@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from moedist.moe.report import MoEReport, pack_reports
+from moedist.moe.report import CountedMass, MoEReport, pack_reports
 
 
 def report(losses, coefficients, counts):
@@ -13,6 +15,7 @@ def report(losses, coefficients, counts):
         layer=0,
         losses={name: torch.tensor(value, requires_grad=True) for name, value in losses.items()},
         coefficients={name: torch.tensor(value) for name, value in coefficients.items()},
+        pooled={},
         counts={},
         observed={},
         router_entropy=torch.tensor(0.5),
@@ -45,3 +48,24 @@ def test_layers_with_unlike_losses():
 def test_no_losses_in_evaluation():
     packed = pack_reports([report({}, {}, [1, 1])])
     assert packed.names == () and packed.objective().item() == 0
+
+
+def test_pooled_losses_by_hand():
+    """Two layers of collapsed experts, each on its own: each alone has a loss of 2, both together are even. The values'
+    mean is the pooled loss and its coefficient acts once, while a loss of one layer stays what it is."""
+    masses = [torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 1.0]], requires_grad=True)]
+    parts = [CountedMass(torch.tensor([[8, 0]]), masses[0]), CountedMass(torch.tensor([[0, 8]]), masses[1])]
+    assert [part.loss().item() for part in parts] == [2, 2]
+    layers = [
+        dataclasses.replace(report({"z": 3.0}, {"z": 0.1, "switch": 0.5}, [8, 0]), pooled={"switch": part})
+        for part in parts
+    ]
+    packed = pack_reports(layers)
+    assert packed.names == ("z", "switch")
+    assert packed.loss_LJ.tolist() == [[3, 1], [3, 1]]
+    assert packed.objective().item() == pytest.approx(2 * 0.3 + 0.5)
+    packed.objective().backward()
+    # d(0.5 x 2 sum_i f_i (P_1i + P_2i) / 2) with f = (1, 1) / 2
+    assert [mass.grad.tolist() for mass in masses] == [[[0.25, 0.25]]] * 2
+    with_dense = pack_reports([*layers, report({"z": 3.0}, {"z": 0.1}, [4, 4])])
+    assert with_dense.loss_LJ.tolist() == [[3, 1], [3, 1], [3, 0]]

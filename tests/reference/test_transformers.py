@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from moedist.moe.context import TokenContext
+from moedist.moe.report import pack_reports
 from tests.moe.by_hand import preset_config
 
 pytestmark = pytest.mark.slow
@@ -68,3 +71,29 @@ def test_indices_and_weights(name):
     torch.testing.assert_close(got_TE, expected_TE, atol=1e-6, rtol=1e-5)
     if name != "deepseek_v3":  # theirs asks for no order there
         assert torch.equal(routing.expert_N.view_as(index_TK), index_TK)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_pooled_switch_loss(padded):
+    """`load_balancing_loss_func` doesn't divide its shares of pairs by K: with the coefficient times K ours is it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    num_layers, rows, length, num_experts, top_k = 3, 4, 25, 8, 2
+    logits_LTE = torch.randn(num_layers, rows * length, num_experts, dtype=torch.float64, requires_grad=True)
+    lengths_B = torch.tensor([25, 9, 1, 17]) if padded else torch.full((rows,), length)
+    mask_BS = (torch.arange(length) < lengths_B[:, None]).long()
+    theirs = load_balancing_loss_func(tuple(logits_LTE), num_experts, top_k, mask_BS if padded else None)
+    moe = preset_config("mixtral")
+    config = dataclasses.replace(moe.balance["switch"], coefficient=top_k * 0.02, layers="pooled")
+    ctx = TokenContext.of_rows(rows, length, valid_T=mask_BS.flatten().bool())
+    reports = []
+    for logits_TE in logits_LTE:
+        layer = dataclasses.replace(moe, balance={"switch": config}).build(num_experts, dtype=torch.float64)
+        with torch.no_grad():
+            layer.router.weight.copy_(torch.eye(num_experts))
+        reports.append(layer(logits_TE, ctx).report)
+    packed = pack_reports(reports)
+    assert top_k * packed.loss_LJ.mean().item() == pytest.approx(theirs.item(), abs=1e-6)
+    assert packed.objective().item() == pytest.approx(0.02 * theirs.item(), abs=1e-8)
+    ours, expected = (torch.autograd.grad(value, logits_LTE)[0] for value in (packed.objective(), 0.02 * theirs))
+    torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-4)

@@ -29,6 +29,7 @@ def config_of(accumulation: str, recompute: bool = False) -> RunConfig:
     balance = {
         "switch": SwitchConfig(0.3, accumulation=accumulation),
         "first": SwitchConfig(0.2, count="first", accumulation=accumulation),
+        "pooled": SwitchConfig(0.15, layers="pooled", accumulation=accumulation),
         "importance": ImportanceConfig(0.2, accumulation=accumulation),
         "load": LoadConfig(0.1, accumulation=accumulation),
     }

@@ -51,8 +51,16 @@ class FFN(nn.Module):
 class FFNConfig(Choice, path="model.ffn"):
     """One kind of feed-forward module."""
 
-    def check_causal(self, moe: MoEConfig) -> None:
-        """Raises `ConfigError` where it would let a later token act on an earlier one."""
+    def check_causal(self, moe: MoEConfig | None) -> None:
+        """Raises `ConfigError` where it would let a later token act on an earlier one.
+
+        Args:
+            moe: the run's MoE layer, of which an error speaks by its full key (``moe.router.kind``); None to look only
+                at what the config brings itself, with keys below it.
+        """
+
+    def check_spread(self, ep: int) -> None:
+        """Raises `ConfigError` where what it brings itself cannot be spread over ``ep`` expert-parallel ranks."""
 
     def build(
         self,

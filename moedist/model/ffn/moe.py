@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from moedist.config import require
+from moedist.config import ConfigError, require
 from moedist.model.ffn.contract import FFN, FFNConfig, FFNOutput
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig
@@ -25,9 +25,12 @@ class MoEFFNConfig(FFNConfig):
 
     moe: MoEConfig | None = None
 
-    def check_causal(self, moe: MoEConfig) -> None:
+    def check_causal(self, moe: MoEConfig | None) -> None:
         """Refuses routers in which other tokens decide where a token goes."""
-        router = (self.moe or moe).router
+        checked = self.moe or moe
+        if checked is None:
+            return
+        router = checked.router
         require(
             router.causal,
             "moe.router.kind",
@@ -36,6 +39,14 @@ class MoEFFNConfig(FFNConfig):
             "would see the future in training and miss it in generation",
             "Choose a token-choice router (moe/router=topk, noisy, mlp, cosine or hash).",
         )
+
+    def check_spread(self, ep: int) -> None:
+        """The run's own layer is checked by the run."""
+        if self.moe is not None:
+            try:
+                self.moe.check_spread(ep)
+            except ConfigError as error:
+                raise error.under("moe") from None
 
     def build(
         self,

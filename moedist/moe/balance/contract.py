@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moedist.config import Choice, ConfigError, require
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
+from moedist.moe.report import CountedMass
 from moedist.moe.router.contract import Router, Routing
 
 Scope = Literal["global", "micro_batch", "sequence"]
@@ -30,9 +31,11 @@ class BalanceLoss(nn.Module):
         """
         return None
 
-    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None) -> Tensor:
-        """0-dim, fp32 or wider, without coefficient: this rank's share of the step's value. Called on every rank in
-        every micro-step of training.
+    def forward(
+        self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None
+    ) -> Tensor | CountedMass:
+        """0-dim, fp32 or wider, without coefficient: this rank's share of the step's value; or, of a loss that is taken
+        over all layers together, what this layer adds to it. Called on every rank in every micro-step of training.
 
         Args:
             counts: of the loss's whole scope; None where that is this micro-batch alone.

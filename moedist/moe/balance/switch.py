@@ -12,6 +12,7 @@ from moedist.config import require
 from moedist.moe.balance.contract import BalanceLoss, ScopedLossConfig, per_token
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan, count
+from moedist.moe.report import CountedMass
 from moedist.moe.router.contract import Router, Routing
 
 
@@ -24,10 +25,14 @@ class SwitchConfig(ScopedLossConfig):
 
     Attributes:
         count: which pairs f counts: ``all``, or tokens' ``first`` choices alone (GShard, DeepSpeed's top-2).
+        layers: ``each`` has a loss of its own; ``pooled``: one loss for the model, f and P being those of the tokens of
+            all its MoE layers together (transformers' Mixtral). transformers doesn't divide f by K: its loss is K times
+            this one, 1 here being K there, so a ``router_aux_loss_coef`` of c is a coefficient of K c.
     """
 
     coefficient: float = 0.01
     count: Literal["all", "first"] = "all"
+    layers: Literal["each", "pooled"] = "each"
 
     def check(self, router: Router) -> None:
         """First choices are tokens'."""
@@ -56,7 +61,9 @@ class SwitchLoss(BalanceLoss):
         """int64 [E]: the pairs that f counts."""
         return self.asked(routing, ctx) if self.config.scope == "global" else None
 
-    def forward(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None) -> Tensor:
+    def forward(
+        self, routing: Routing, plan: CapacityPlan, ctx: TokenContext, counts: Tensor | None = None
+    ) -> Tensor | CountedMass:
         """The mean over groups weighted by valid tokens is one sum over tokens: ``E / T sum_t sum_i f_i(t) p_ti``."""
         probs_TE = routing.probs_TE.masked_fill(~ctx.valid_T[:, None], 0)
         if self.config.scope == "sequence":
@@ -69,8 +76,8 @@ class SwitchLoss(BalanceLoss):
         else:
             asked_E = self.asked(routing, ctx) if counts is None else counts
             asked_GE, mass_GE = asked_E[None], probs_TE.sum(0)[None]
-        share_GE = asked_GE.to(mass_GE.dtype) / asked_GE.sum(1, keepdim=True).clamp_min(1)
-        return self.num_experts * per_token((share_GE * mass_GE).sum(), ctx)
+        part = CountedMass(asked_GE, per_token(mass_GE, ctx))
+        return part.loss() if self.config.layers == "each" else part
 
     def asked(self, routing: Routing, ctx: TokenContext) -> Tensor:
         """int64 [E]: the pairs that f counts, of this micro-batch."""
