@@ -6,6 +6,15 @@
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoEConfig, MoELayer, MoEOutput
-from moedist.moe.report import MoEReport, pack_reports
+from moedist.moe.report import MoEReport, StepCounts, pack_reports
 
-__all__ = ["CapacityConfig", "MoEConfig", "MoELayer", "MoEOutput", "MoEReport", "TokenContext", "pack_reports"]
+__all__ = [
+    "CapacityConfig",
+    "MoEConfig",
+    "MoELayer",
+    "MoEOutput",
+    "MoEReport",
+    "StepCounts",
+    "TokenContext",
+    "pack_reports",
+]

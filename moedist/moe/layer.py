@@ -213,17 +213,17 @@ class MoELayer(nn.Module):
         return {name: part for name, part in seen.items() if part is not None}
 
     @torch.no_grad()
-    def move_bias(self, load_E: Tensor, observed: Mapping[str, Tensor]) -> None:
+    def move_bias(self, load_E: Tensor, observed: Mapping[str, Tensor] | None = None) -> None:
         """Moves the selection bias by every rule; called once per optimizer step, with the sums of the whole global
         batch.
 
         Args:
             load_E: int64 pairs asked of each expert, before any limit.
-            observed: `MoEReport.observed`.
+            observed: `MoEReport.observed`; None where no rule observes anything.
         """
         for name, rule in self._rules():
             assert self.router.selection_bias is not None
-            self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E, observed.get(name)))
+            self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E, (observed or {}).get(name)))
 
     def _rules(self) -> Iterator[tuple[str, BalanceBias]]:
         for name, rule in self.bias_rules.items():

@@ -20,7 +20,7 @@ import moedist.mesh
 import moedist.moe
 import moedist.parallel
 from moedist.moe import MoEConfig, TokenContext
-from moedist.moe.balance import switch
+from moedist.moe import layer as moe_layer
 from moedist.moe.balance.bias import BiasConfig
 from tests.docs.pages import ROOT, blocks, prose
 from tests.ranks import Here
@@ -53,7 +53,7 @@ class OneDevice:
 
         def forward(at: int, count: Any) -> Tensor:
             with (
-                mock.patch.object(switch, "all_sum", count),
+                mock.patch.object(moe_layer, "all_sum", count),
                 mock.patch.object(script.dist, "all_reduce", lambda tensor: tensor.copy_(self.num_tokens)),
                 mock.patch.object(script.dist, "get_world_size", lambda: 1),
             ):
