@@ -35,7 +35,7 @@ def config_of(accumulation: str, recompute: bool = False) -> RunConfig:
     }
     return changed(
         CONFIG,
-        train={"clip_norm": None, "activation_checkpointing": recompute},
+        train={"clip_norm": None, "activation_checkpointing": "full" if recompute else "none"},
         capacity={"group": "sequence"},
         moe={"router": NoisyConfig(top_k=2, noise_std=0.2, input_jitter=0.1), "balance": balance},
     )
@@ -99,6 +99,7 @@ def router_difference(got: Step, expected: Step) -> float:
     return max(((got.grad[name] - expected.grad[name]).norm() / expected.grad[name].norm()).item() for name in names)
 
 
+@pytest.mark.pitfall("9", "12")
 def test_two_passes_make_the_cut_of_a_batch_irrelevant(ranks):
     """Pitfalls 9 and 12: values and every gradient, over micro-steps, ranks, EP, recomputation and padding."""
     expected = cut(config_of("running"), Mesh.alone(), 1)
@@ -177,6 +178,7 @@ def equal_rows(here: Here, ep: int, accumulation: int) -> list[Step]:
     return [step_of(coefficient_config(*kind), mesh, Copies(here.world, accumulation)) for kind in KINDS]
 
 
+@pytest.mark.pitfall("9")
 def test_a_coefficient_acts_alike_however_a_batch_is_cut(ranks):
     """Pitfall 9: where all groups of tokens are alike, no scope, no accumulation and no layout changes anything."""
     expected = step_of(coefficient_config("global", "two_pass"), Mesh.alone(), Copies(1, 1))
