@@ -50,6 +50,7 @@ def write(folder: Path, layers: dict[str, list[nn.Module]], dense: dict[str, Ten
     return path.parent
 
 
+@pytest.mark.pitfall("30")
 def test_experts_are_stacked_by_number(tmp_path: Path):
     """Pitfall 30: with twelve, "10" comes before "2" where ids are sorted as text."""
     experts = [two() for _ in range(EXPERTS)]
