@@ -140,7 +140,9 @@ class TrainConfig(Config):
             self.global_batch_tokens,
             f"is no multiple of the {per_micro_step} tokens of one micro-step ({world_size} ranks x {self.micro_batch} "
             f"rows x {self.sequence_length} positions)",
-            f"Set train.global_batch_tokens to {max(count, 1) * per_micro_step} or {(count + 1) * per_micro_step}.",
+            "Set train.global_batch_tokens to "
+            + " or ".join(str(near * per_micro_step) for near in (count, count + 1) if near > 0)
+            + ("." if count > 0 else ", or train.micro_batch or train.sequence_length lower."),
         )
         return count
 

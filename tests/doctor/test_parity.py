@@ -56,6 +56,10 @@ def case(name: str) -> RunConfig:
         "right": {},
         "fast": {"moe": {"dispatch": PaddedConfig(), "experts": GroupedConfig(hidden_dim=12)}},
         "accumulated": {"moe": {"balance": balance, "shared_hidden_dim": 6}, "train": twice},
+        "by_sequence": {
+            "capacity": {"group": "sequence"},
+            "moe": {"balance": {"switch": SwitchConfig(0.3, "sequence")}},
+        },
         "halved": {"moe": {"experts": HalvedConfig(hidden_dim=12)}},
         "gateless": {"moe": {"dispatch": GatelessConfig()}},
         "own_ranks": {"moe": {"balance": {"own_ranks": OwnRanksConfig(0.3)}}},
@@ -80,7 +84,7 @@ def in_block(result: dict[str, Any], block: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_what_is_right_passes(ranks, tmp_path: Path, ep: int):
-    for result in ranks(WORLD).run(compared, ["fast", "accumulated"], str(tmp_path), ep)[0]:
+    for result in ranks(WORLD).run(compared, ["fast", "accumulated", "by_sequence"], str(tmp_path), ep)[0]:
         assert result["good"], result
         assert 0 < result["pairs"]["kept"] < result["pairs"]["asked"], "nothing was dropped"
         assert max(one["difference"] for one in result["parameters"]) > 0, "it compares a thing with itself"
