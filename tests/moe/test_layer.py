@@ -136,15 +136,34 @@ def test_values_as_logged():
             assert asked_E.tolist() == torch.bincount(routing.expert_N, minlength=4).tolist()
 
 
+@pytest.mark.pitfall("11")
+@pytest.mark.parametrize("scope", ["global", "micro_batch", "sequence"])
+def test_a_limit_changes_no_balance_loss(scope):
+    """Pitfall 11, on the layer's own way: the same losses and gradients of the router as without a limit."""
+    balance = {"switch": SwitchConfig(0.3, scope), "z_loss": ZLossConfig(0.2)}
+    x_TD, ctx = batch(rows=4, dtype=torch.float64)
+    found = []
+    for factor in (None, 1.0):
+        config = MoEConfig(num_experts=4, capacity=CapacityConfig(factor=factor), balance=balance)
+        layer = config.build(DIM, dtype=torch.float64)
+        report = layer(x_TD, ctx).report
+        torch.stack(list(report.losses.values())).sum().backward()
+        found.append((report.losses, layer.router.weight.grad))
+    assert int(report.dropped_ME.sum()) > 0
+    for name in balance:
+        assert found[0][0][name].item() == found[1][0][name].item()
+    assert torch.equal(found[0][1], found[1][1]) and found[0][1].abs().max() > 0
+
+
 @pytest.mark.pitfall("13")
 def test_counts_are_exact_in_a_bf16_model():
-    """Pitfall 13: 40,960 would read 39,424."""
+    """Pitfall 13: 40,970 is no bf16 number, however it is summed (40,960 ones in turn read 39,424)."""
     layer = MoEConfig(num_experts=2, router=TopKConfig(top_k=2)).build(8).bfloat16()
-    x_TD = torch.randn(40_960, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x_TD = torch.randn(40_970, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
-        output = layer(x_TD, TokenContext.of_rows(10, 4096))
+        output = layer(x_TD, TokenContext.of_rows(10, 4097))
     assert output.report.asked_E.dtype == output.report.kept_E.dtype == torch.int64
-    assert output.report.asked_E.tolist() == [40_960, 40_960]
+    assert output.report.asked_E.tolist() == [40_970, 40_970]
     assert output.out_TD.dtype == torch.bfloat16
     assert all(loss.dtype == torch.float32 for loss in output.report.losses.values())
 

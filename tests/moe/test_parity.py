@@ -179,6 +179,34 @@ def test_every_router_on_ranks_equals_one_device(ranks, world, ep):
         assert 0 < sum(dropped[kind, "next_best"] for kind in kinds) < sum(dropped[kind, "drop"] for kind in kinds)
 
 
+def gradients_at_each_ep(here: Here) -> int:
+    """Every router x policy, dropping on: EP 2 or 4, in turn as overflow, against EP 1 of the same ranks, outputs and
+    every gradient. Returns the number of cases."""
+    number = 0
+    for (name, router), policy in itertools.product(ROUTERS_OF_THE_FIELD.items(), (*POLICIES, "gate")):
+        number += 1
+        capacity = CapacityConfig(factor=1.0, drop_policy=policy, overflow=OVERFLOWS[number % 2])
+        config = MoEConfig(
+            num_experts=NUM_EXPERTS,
+            router=router,
+            capacity=capacity.without_limit() if router.has_own_capacity else capacity,
+            experts=LoopConfig(hidden_dim=HIDDEN),
+            balance={"switch": SwitchConfig(0.3), "z_loss": ZLossConfig(0.2)},
+        )
+        scene = SCENES[number // 2 % 2]
+        expected = many_ranks(config, scene, here.mesh_of(1))
+        ep = (2, 4)[number // 4 % 2]
+        try:
+            compare(many_ranks(config, scene, here.mesh_of(ep)), expected)
+        except AssertionError as error:
+            raise AssertionError(f"{error} at EP {ep}: {name}, {policy}, scene {scene.name}") from error
+    return number
+
+
+def test_gradients_of_every_router_and_policy_do_not_depend_on_ep(ranks):
+    assert set(ranks(4).run(gradients_at_each_ep, limit_s=300)) == {len(ROUTERS_OF_THE_FIELD) * 5}
+
+
 def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
     """Every case on this rank; the worst difference, pairs that were dropped and bytes that crossed ranks."""
     mesh = here.mesh_of(ep)
