@@ -87,6 +87,7 @@ class DecoderConfig(ModelConfig):
         dtype: torch.dtype | None = None,
     ) -> Decoder:
         """Builds the model; arguments as in the contract."""
+        self._check_ffns(lambda ffn: ffn.check_beside(moe))
         model = Decoder(self, vocab_size, moe, device, dtype)
         if not model.embedding.weight.is_meta:
             init_weights(model, seed=0)

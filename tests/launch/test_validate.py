@@ -51,6 +51,8 @@ def test_a_block_s_own_experts_are_refused_under_their_own_key():
     assert error.key == "model.layers.blocks.1.ffn.moe.router.kind" and "the model is causal" in str(error)
     errors = errors_of("model/layers=listed", block.format("num_experts:6"), "mesh.ep=4")
     assert set(errors) == {"model.layers.blocks.1.ffn.moe.num_experts"}
+    errors = errors_of("model/layers=listed", block.format("num_experts:4"))
+    assert "is not the 8 of the run's layer" in errors.pop("model.layers.blocks.1.ffn.moe.num_experts") and not errors
     errors = errors_of("moe/router=sinkhorn", "moe/balance=[]")
     assert set(errors) == {"moe.router.kind"}
 

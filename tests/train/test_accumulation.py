@@ -77,10 +77,11 @@ def cut(config: RunConfig, mesh: Mesh, accumulation: int) -> Step:
     return step_of(config, mesh, loader)
 
 
-def cuts(here: Here, layouts: list[tuple[int, int, bool]]) -> list[Step]:
-    """With two passes, for each of (ep, accumulation, recompute)."""
+def cuts(here: Here, layouts: list[tuple[int, int | None, int, bool]]) -> list[Step]:
+    """With two passes, for each of (ep, fsdp, accumulation, recompute)."""
     return [
-        cut(config_of("two_pass", recompute), here.mesh_of(ep), accumulation) for ep, accumulation, recompute in layouts
+        cut(config_of("two_pass", recompute), here.mesh_of(ep, fsdp), accumulation)
+        for ep, fsdp, accumulation, recompute in layouts
     ]
 
 
@@ -101,7 +102,7 @@ def router_difference(got: Step, expected: Step) -> float:
 
 @pytest.mark.pitfall("9", "12")
 def test_two_passes_make_the_cut_of_a_batch_irrelevant(ranks):
-    """Pitfalls 9 and 12: values and every gradient, over micro-steps, ranks, EP, recomputation and padding."""
+    """Pitfalls 9 and 12: values and every gradient, over micro-steps, ranks, EP, cut weights, recomputation."""
     expected = cut(config_of("running"), Mesh.alone(), 1)
     assert all(abs(value) > 1e-3 for values in expected.losses.values() for value in values)
     for accumulation in (1, 2, 4):
@@ -109,8 +110,8 @@ def test_two_passes_make_the_cut_of_a_batch_irrelevant(ranks):
         assert_equal(got, expected)
         assert got.num_forwards == (1 if accumulation == 1 else 2 * accumulation)
     for world, layouts in (
-        (2, [(1, 2, False), (2, 4, True), (2, 1, False)]),
-        (4, [(1, 2, True), (2, 2, False), (4, 2, True), (4, 1, False)]),
+        (2, [(1, None, 2, False), (2, None, 4, True), (2, 2, 1, False)]),
+        (4, [(1, None, 2, True), (2, 4, 2, False), (4, None, 2, True), (4, None, 1, False)]),
     ):
         for steps in zip(*ranks(world).run(cuts, layouts), strict=True):
             for got in steps:

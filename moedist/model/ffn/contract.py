@@ -59,6 +59,9 @@ class FFNConfig(Choice, path="model.ffn"):
                 at what the config brings itself, with keys below it.
         """
 
+    def check_beside(self, moe: MoEConfig) -> None:
+        """Raises `ConfigError` where what it brings itself does not go with the run's MoE layer."""
+
     def check_spread(self, ep: int) -> None:
         """Raises `ConfigError` where what it brings itself cannot be spread over ``ep`` expert-parallel ranks."""
 

@@ -40,6 +40,17 @@ class MoEFFNConfig(FFNConfig):
             "Choose a token-choice router (moe/router=topk, noisy, mlp, cosine or hash).",
         )
 
+    def check_beside(self, moe: MoEConfig) -> None:
+        """All layers of a model have equally many experts."""
+        own = self.moe or moe
+        require(
+            own.num_experts == moe.num_experts,
+            "moe.num_experts",
+            own.num_experts,
+            f"is not the {moe.num_experts} of the run's layer, and loads of all layers are one table",
+            "Set moe.num_experts and the layer's own to the same number, or leave the layer's out.",
+        )
+
     def check_spread(self, ep: int) -> None:
         """The run's own layer is checked by the run."""
         if self.moe is not None:
