@@ -6,11 +6,16 @@ python -m tests.docs.engine_table --write    puts it into docs/engines.md
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Callable
 
+from torch import Tensor
+
+from moedist.engine.deepspeed import DeepSpeedConfig
 from moedist.train.config import RunConfig
 from tests.docs.capacity_table import table
 from tests.docs.pages import ROOT
@@ -21,6 +26,7 @@ from tests.train.measure import (
     on_global_batch,
     on_one_device,
     run_steps,
+    whole,
     worst_gradient,
     worst_loss,
     worst_norm,
@@ -73,8 +79,41 @@ def native_steps(here: Here, row: Row) -> Steps:
     return steps if here.rank == 0 else Steps({}, {}, steps.losses, steps.norms, {})
 
 
+def deepspeed_rows() -> list[Row]:
+    return [
+        Row("deepspeed", f"ZeRO {stage}", ep, precision)
+        for precision in ("fp32", "bf16")
+        for stage in (0, 1, 2)
+        for ep in (1, 2, 4)
+    ]
+
+
+def deepspeed_steps(here: Here, row: Row) -> Steps:
+    """The same below torchrun's environment, as DeepSpeed demands it; its gradients are summed before the step."""
+    os.environ.setdefault("LOCAL_RANK", str(here.rank))
+    engine = DeepSpeedConfig(zero_stage=int(row.weights.removeprefix("ZeRO ")))
+    config = dataclasses.replace(row.config(), engine=engine)
+    trainer = make_trainer(config, config.data.open(), here.mesh_of(row.ep))
+    grads: dict[str, Tensor] = {}
+    step = trainer.engine.step
+
+    def show_and_step() -> float:
+        if not grads:
+            from deepspeed.utils import safe_get_full_grad
+
+            for name, parameter in trainer.model.named_parameters():
+                grads[name] = whole(trainer.engine.layout.show(name, safe_get_full_grad(parameter)))
+        return step()
+
+    trainer.engine.step = show_and_step  # type: ignore[method-assign]
+    with contextlib.closing(trainer.engine):
+        steps = run_steps(trainer, STEPS)
+    return Steps({}, grads if here.rank == 0 else {}, steps.losses, steps.norms, {})
+
+
 ENGINES: dict[str, tuple[Callable[[], list[Row]], Callable[[Here, Row], Steps]]] = {
     "native": (native_rows, native_steps),
+    "deepspeed": (deepspeed_rows, deepspeed_steps),
 }
 """By kind: the rows of an engine, and what runs one on a rank."""
 
