@@ -87,6 +87,11 @@ class TrainingStep:
 class EngineConfig(Choice, path="engine"):
     """One engine."""
 
+    @property
+    def weights_on_host(self) -> bool:
+        """Whether weights that ``mesh.fsdp`` cuts, their gradients and what the optimizer keeps lie on the host."""
+        return False
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """Raises `ConfigError`, with full keys, where this engine cannot run such a step on such a mesh."""
 

@@ -10,14 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moedist.config import require
 from moedist.engine.contract import EngineConfig, TrainingStep
-from moedist.mesh import Mesh
+from moedist.mesh import Mesh, MeshConfig
 from moedist.parallel import GradientTable, sum_replicas
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeConfig(EngineConfig):
-    """Plain torch; how weights lie is the mesh's."""
+    """Plain torch; how weights lie is the mesh's.
+
+    Attributes:
+        offload: keep the pieces of weights, their gradients and the optimizer's state on the host, where the update is
+            computed, and gather weights to the device unit by unit. Needs ``mesh.fsdp``; 1 will do on one rank.
+    """
+
+    offload: bool = False
+
+    @property
+    def weights_on_host(self) -> bool:
+        """Where asked for."""
+        return self.offload
+
+    def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
+        """Offloading is FSDP's."""
+        require(
+            not self.offload or mesh.fsdp is not None,
+            "engine.offload",
+            self.offload,
+            "needs weights that are cut and gathered, and mesh.fsdp is null",
+            f"Set mesh.fsdp to {mesh.ep} or a multiple of it that divides the ranks, or engine.offload to false.",
+        )
 
     def build(
         self,

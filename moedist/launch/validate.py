@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +38,7 @@ def validate(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> 
         ConfigErrors: all that is wrong, at once.
     """
     errors = _check_parts(config, mapping, world_size) + _check("launch", config.launch.check_start)
+    errors += _check("train", _check_compiler, config.train.compile)
     source, data_errors = _check_data(config, world_size)
     errors += data_errors
     if source is not None:
@@ -156,6 +159,17 @@ def validate_evaluation(config: RunConfig, mapping: Mapping[str, Any], world_siz
     errors += _check("", _check_held_out, config)
     if errors:
         raise ConfigErrors(errors)
+
+
+def _check_compiler(what: str) -> None:
+    names = (*os.environ.get("CXX", "").split()[:1], "g++", "clang++")
+    require(
+        what == "none" or any(map(shutil.which, names)),
+        "compile",
+        what,
+        f"needs a C++ compiler, and this machine has none of {', '.join(names)}",
+        "Install g++, or set train.compile to none.",
+    )
 
 
 def _check_held_out(config: RunConfig) -> None:

@@ -115,3 +115,10 @@ def release(model: nn.Module) -> None:
     """Frees the weights that a forward pass without backward has left gathered (the root's)."""
     for unit in units_of(model):
         unit.reshard()
+
+
+def keep_on_device(model: nn.Module, device: torch.device) -> None:
+    """Moves to the device what is not gathered there: buffers, and parameters that are not cut; the rest stays."""
+    kept = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+    for tensor in (*kept, *model.buffers()):
+        tensor.data = tensor.data.to(device)

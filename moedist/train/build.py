@@ -11,7 +11,7 @@ from moedist.mesh import Mesh
 from moedist.model.contract import LanguageModel
 from moedist.model.init import init_weights
 from moedist.model.size import ModelSize, model_size, train_flops_per_token
-from moedist.parallel import GradientTable, recompute_in_backward, spread
+from moedist.parallel import GradientTable, compile_parts, keep_on_device, recompute_in_backward, spread
 from moedist.train.config import RunConfig
 
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -46,12 +46,19 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     model = config.model.build(vocab_size, config.moe, device="meta", dtype=PARAMETER_DTYPES[config.train.precision])
     size = model_size(model)
     flops_per_token = train_flops_per_token(model, config.train.sequence_length)
-    gradients = spread(model, mesh, compute_dtype=torch.bfloat16 if config.train.precision == "bf16" else None)
+    on_host = config.engine.weights_on_host and mesh.fsdp is not None
+    gradients = spread(
+        model, mesh, compute_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, offload=on_host
+    )
     if mesh.device.type != "meta":
-        model.to_empty(device=mesh.device)
+        model.to_empty(device="cpu" if on_host else mesh.device)
         init_weights(model, config.seed)
+        if on_host:
+            keep_on_device(model, mesh.device)
     if config.train.activation_checkpointing != "none":
         recompute_in_backward(model, config.train.activation_checkpointing)
+    if config.train.compile == "blocks":
+        compile_parts(model)
     return SpreadModel(model, gradients, size, flops_per_token)
 
 

@@ -94,6 +94,8 @@ class TrainConfig(Config):
         activation_checkpointing: what backward computes again inside attentions and banks of experts: ``none``,
             ``full`` (all of it, exchanges of rows included) or ``selective`` (all but matrix products, attention
             scores and exchanges). The router, the capacity plan and the losses are never computed again.
+        compile: ``none``, or ``blocks``: attentions, dense feed-forward layers and routers become graphs of
+            torch.compile at their first step, and with ``moe/dispatch=padded`` whole MoE layers. Needs a C++ compiler.
         clip_norm: largest norm of the whole model's gradient; None for no clip.
         log_every, eval_every, checkpoint_every: steps between them; None for never. A run ends with a last log record,
             a last evaluation and a last checkpoint where they are on.
@@ -108,6 +110,7 @@ class TrainConfig(Config):
     global_batch_tokens: int | None = None
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    compile: Literal["none", "blocks"] = "none"
     clip_norm: float | None = 1.0
     log_every: int | None = 10
     eval_every: int | None = 200

@@ -51,7 +51,7 @@ def case(name: str) -> RunConfig:
     from faulty.moe.experts.halved import HalvedConfig
 
     balance = {"switch": SwitchConfig(0.3, "micro_batch"), "z_loss": ZLossConfig(0.1), "other": SwitchConfig(0.2)}
-    twice = {"global_batch_tokens": 2 * WORLD * ROWS * LENGTH, "activation_checkpointing": True}
+    twice = {"global_batch_tokens": 2 * WORLD * ROWS * LENGTH, "activation_checkpointing": "full"}
     parts: dict[str, dict[str, Any]] = {
         "right": {},
         "fast": {"moe": {"dispatch": PaddedConfig(), "experts": GroupedConfig(hidden_dim=12)}},

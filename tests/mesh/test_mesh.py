@@ -9,10 +9,13 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from moedist.config import ConfigError
-from moedist.mesh import MeshConfig
+from moedist.mesh import Mesh, MeshConfig
 from moedist.mesh.mesh import choose_device
+from tests.ranks import Here
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,49 @@ def test_world_that_does_not_fit(ep, world, said):
     with pytest.raises(ConfigError) as caught:
         MeshConfig(ep=ep).check_world(world)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "said"),
+    [
+        ({"ep": 2, "fsdp": 3}, 6, "fsdp = 3 is no multiple of mesh.ep = 2: .* Set mesh.fsdp to 2 or a multiple of it"),
+        ({"fsdp": 0}, 4, "fsdp = 0 is no multiple of mesh.ep = 1"),
+        ({"ep": 2, "fsdp": 8}, 4, "fsdp = 8 does not divide the 4 ranks launched. Set mesh.fsdp to 2 or 4 or to null"),
+        ({"ep": 4, "fsdp": 12}, 4, "fsdp = 12 does not divide the 4 ranks launched. Set mesh.fsdp to 4 or to null"),
+    ],
+)
+def test_pieces_that_do_not_fit(config, world, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        MeshConfig(**config).check_world(world)
+    assert caught.value.key == "fsdp"
+
+
+def axes_of(here: Here, ep: int, fsdp: int | None) -> dict[str, tuple[int, ...]]:
+    mesh = here.mesh_of(ep, fsdp)
+    return {axis.name: tuple(dist.get_process_group_ranks(axis.group)) for axis in mesh.axes()}
+
+
+def test_lines_of_ranks(ranks):
+    """Expert-parallel ranks are neighbours; a replica's pieces lie on neighbours too."""
+    at = ranks(4).run(axes_of, 2, 2)
+    assert at[1] == {"dp": (0, 1, 2, 3), "ep": (0, 1), "edp": (1, 3), "fsdp": (0, 1), "replicate": (1, 3)}
+    at = ranks(4).run(axes_of, 2, 4)
+    assert at[2] == {"dp": (0, 1, 2, 3), "ep": (2, 3), "edp": (0, 2), "fsdp": (0, 1, 2, 3), "replicate": (2,)}
+    assert ranks(4).run(axes_of, 1, None)[3] == {"dp": (0, 1, 2, 3), "ep": (3,), "edp": (0, 1, 2, 3)}
+
+
+def adopted(here: Here) -> tuple[int, ...]:
+    """A mesh with an axis of its own in front, and one with ``edp`` in place of replicas and shards."""
+    device = torch.device("cpu")
+    theirs = init_device_mesh("cpu", (2, 1, 1, 2), mesh_dim_names=("pipeline", "replicate", "shard", "ep"))
+    mesh = Mesh.of(theirs, device, fully_shard=True)
+    plain = Mesh.of(init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep")), device)
+    assert mesh.fsdp is not None and plain.fsdp is None
+    return mesh.dp.size, mesh.fsdp.pieces.size, mesh.fsdp.copies.size, mesh.edp.size, plain.dp.size, plain.edp.size
+
+
+def test_a_mesh_with_further_axes_is_adopted(ranks):
+    assert ranks(4).run(adopted) == [(2, 2, 1, 1, 4, 2)] * 4
 
 
 def test_worlds_that_fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from moedist.config import ConfigError
+from moedist.engine.native import NativeConfig
+from moedist.mesh import MeshConfig
 from moedist.mesh.collectives import all_gather
 from moedist.mesh.slow import slow_axis
 from moedist.model.contract import StepContext
@@ -283,3 +287,31 @@ def test_bf16_gathers_narrow_weights_and_routes_in_fp32(ranks):
                 "weights": "{torch.float32}",
                 "gradients": "{torch.float32}",
             }
+
+
+# Offloading
+
+
+def offloaded(here: Here) -> list[float]:
+    """Worst difference of a last value from the run that keeps all on the device."""
+    source, found = CONFIG.data.open(), []
+    for ep, fsdp in [(1, 1), (2, 4)]:
+        mesh = here.mesh_of(ep, fsdp)
+        expected = run_steps(make_trainer(CONFIG, source, mesh), STEPS)
+        trainer = make_trainer(dataclasses.replace(CONFIG, engine=NativeConfig(offload=True)), source, mesh)
+        got = run_steps(trainer, STEPS)
+        found.append(max((got.last[name] - value).abs().max().item() for name, value in expected.last.items()))
+        assert trainer.state()["optimizer"]["head.weight"]["exp_avg"].device.type == "cpu"
+    return found
+
+
+def test_offloading_changes_nothing(ranks):
+    """On a CPU host and device are one, which leaves the way through FSDP's policy to test."""
+    assert ranks(4).run(offloaded, limit_s=120) == [[0.0, 0.0]] * 4
+
+
+def test_offloading_needs_weights_that_are_cut():
+    step = CONFIG.train.optimizer_step(4)
+    NativeConfig(offload=True).check(step, MeshConfig(fsdp=1), 4)
+    with pytest.raises(ConfigError, match="engine.offload = True needs weights that are cut .* Set mesh.fsdp to 2 or"):
+        NativeConfig(offload=True).check(step, MeshConfig(ep=2), 4)

@@ -41,6 +41,8 @@ class AttentionContext:
 
     def rope(self, head_dim: int, theta: float) -> RopeTable:
         """The rotary table for these positions; computed on first use, then shared by all blocks."""
+        if torch.compiler.is_compiling():  # a graph may not change what lies outside of it
+            return rope_table(self.position_BS, head_dim, theta)
         key = (head_dim, theta)
         if key not in self._rope_tables:
             self._rope_tables[key] = rope_table(self.position_BS, head_dim, theta)

@@ -20,9 +20,11 @@ class Bank(nn.Module):
 
     Attributes:
         experts: this rank's experts.
+        static: whether no shape depends on data, so that the layer compiles into one graph.
     """
 
     experts: Experts
+    static: bool = False
 
     def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
         """[T, D] -> [T, D]; zero for a token without a kept pair."""

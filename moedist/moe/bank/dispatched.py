@@ -28,7 +28,7 @@ class DispatchedBank(Bank):
 
     def __init__(self, experts: Experts, dispatch: DispatchConfig):
         super().__init__()
-        self.experts, self.dispatch = experts, dispatch
+        self.experts, self.dispatch, self.static = experts, dispatch, dispatch.static
         self.dispatcher = dispatch.build(Placement.in_order(len(experts.expert_ids), 1), Axis("ep"))
 
     def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:

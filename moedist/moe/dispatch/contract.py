@@ -44,6 +44,11 @@ class Dispatcher(Protocol):
 class DispatchConfig(Choice, path="moe.dispatch"):
     """One way to move rows."""
 
+    @property
+    def static(self) -> bool:
+        """Whether no shape depends on data."""
+        return False
+
     def note(self, num_experts: int, experts_per_token: int, dropless: bool) -> str | None:
         """What a user should know of the cost of this choice, as a sentence; None for nothing."""
         return None

@@ -24,6 +24,11 @@ class PaddedConfig(DispatchConfig):
     invalid). Without a limit C = T: every expert gets room for all tokens, E / (K * factor) times the rows of a factor.
     """
 
+    @property
+    def static(self) -> bool:
+        """Every slot travels, used or not."""
+        return True
+
     def note(self, num_experts: int, experts_per_token: int, dropless: bool) -> str | None:
         """Without a limit, rows for all tokens at every expert."""
         if not dropless:
