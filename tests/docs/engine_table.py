@@ -16,6 +16,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from moedist.engine.deepspeed import DeepSpeedConfig
+from moedist.moe.router.topk import TopKConfig
 from moedist.train.config import RunConfig
 from tests.docs.capacity_table import table
 from tests.docs.pages import ROOT
@@ -36,9 +37,9 @@ from tests.train.tiny import CONFIG, changed, make_trainer
 PAGE = ROOT / "docs" / "engines.md"
 BEGIN, END = "<!-- made by python -m tests.docs.engine_table -->\n", "<!-- end -->\n"
 STEPS = 20
-TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 0.1}
-"""What a figure may be, in the units of its column. (Sums in another order; bf16 has 8 bits, and a rounded score may
-send a token elsewhere.)"""
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 0.15}
+"""What a figure may be, in the units of its column: sums are in another order, and bf16 has 8 bits. (Weights
+that are cut are gathered in it, and so is the residual stream; autocast keeps both in fp32.)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,12 @@ class Row:
     fsdp: int | None = None
 
     def config(self) -> RunConfig:
-        """Dropping, noise and the clip are on."""
-        return on_global_batch(changed(CONFIG, train={"precision": self.precision, "steps": STEPS}), accumulation=1)
+        """Dropping, noise and the clip are on; in bf16 every token runs through every expert, because a score that is
+        rounded otherwise sends a token elsewhere, and that is no matter of engines."""
+        config = on_global_batch(changed(CONFIG, train={"precision": self.precision, "steps": STEPS}), accumulation=1)
+        if self.precision != "bf16":
+            return config
+        return changed(config, capacity={"factor": None}, moe={"router": TopKConfig(mode="dense")})
 
 
 def native_rows() -> list[Row]:
