@@ -19,6 +19,7 @@ from moedist.mesh import MeshConfig
 from moedist.mesh.collectives import all_gather
 from moedist.mesh.slow import slow_axis
 from moedist.model.contract import StepContext
+from moedist.model.layers.interleaved import InterleavedConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
@@ -61,6 +62,7 @@ def train(here: Here, config: RunConfig) -> list[tuple[Steps, list[str]]]:
     return results
 
 
+@pytest.mark.pitfall("1", "2", "3", "6", "7")
 @pytest.mark.pitfall("1", "2", "3", "6", "7")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_layout_equals_one_device(ranks, accumulation: int):
@@ -110,6 +112,7 @@ def layers(here: Here, case: str) -> float:
     return worst
 
 
+@pytest.mark.pitfall("4", "5")
 @pytest.mark.pitfall("4", "5")
 @pytest.mark.parametrize("case", CASES)
 def test_empty_ranks_and_idle_experts(ranks, case: str):
@@ -195,6 +198,7 @@ def evaluated(here: Here) -> list[tuple[float, float]]:
     return found
 
 
+@pytest.mark.pitfall("5")
 def test_evaluation_leaves_no_gathered_weights(ranks):
     for (held_out, loss), *others in ranks(4).run(evaluated, limit_s=120):
         for other in others:
@@ -315,3 +319,21 @@ def test_offloading_needs_weights_that_are_cut():
     NativeConfig(offload=True).check(step, MeshConfig(fsdp=1), 4)
     with pytest.raises(ConfigError, match="engine.offload = True needs weights that are cut .* Set mesh.fsdp to 2 or"):
         NativeConfig(offload=True).check(step, MeshConfig(ep=2), 4)
+
+
+def without_moe(here: Here) -> list[list[float]]:
+    """Losses of a model whose blocks are all dense, whose metrics are reduced all the same."""
+    config = changed(CONFIG, model={"layers": InterleavedConfig(num_layers=2, first_dense=2)})
+    found = []
+    for fsdp in (None, 4):
+        trainer = make_trainer(config, config.data.open(), here.mesh_of(1, fsdp))
+        assert not trainer.model.moe_blocks
+        found.append(run_steps(trainer, STEPS).losses)
+        assert trainer.tally.reduce(trainer.mesh.dp).moe is None
+    return found
+
+
+@pytest.mark.pitfall("31")
+def test_metrics_without_a_moe_layer(ranks):
+    for whole_weights, cut in ranks(4).run(without_moe, limit_s=120):
+        assert cut == pytest.approx(whole_weights, abs=1e-12)
