@@ -27,6 +27,7 @@ examples:
   moedist train --cfg job                         # every key of the configuration, with its value
   moedist train --dry-run                         # what would run, without running it
   moedist eval runs/first                         # held-out loss of its newest checkpoint
+  moedist checkpoint inspect runs/first           # what its newest checkpoint holds
   moedist doctor parity                           # do ranks compute what one device computes?
 
 exit codes:
