@@ -154,8 +154,8 @@ class Trainer:
             return
         self.tally.share_last_seen(self.mesh.dp)
         meta = {**self.meta, **dataclasses.asdict(self.progress)}
-        arguments = self.progress.step, self.state(), meta, self.own_state()
         self.enter("save", slow=True)
+        arguments = self.progress.step, self.state(), meta, self.own_state()
         if self.config.checkpoint.background and not must:
             self.saving = self.store.begin(*arguments)
             return
