@@ -30,6 +30,8 @@ from moedist.engine.contract import EngineConfig, TrainingStep
 from moedist.engine.deepspeed_json import AUTO, KEY, Merged, merge
 from moedist.mesh import Mesh, MeshConfig
 from moedist.parallel.gradients import GradientTable
+from moedist.parallel.guest import experts_to_spread
+from moedist.parallel.spread import spread
 
 INSTALL = "pip install 'moedist[deepspeed]'"
 
@@ -145,7 +147,7 @@ class DeepSpeedEngine:
     ):
         self.model, self.gradients, self.clip_norm = model, gradients, clip_norm
         deepspeed = import_deepspeed(mesh)
-        self.layout = Layout.take_over(model, optimizer, mesh, gradients)
+        self.layout = Layout.take_over(model, optimizer.param_groups, mesh, gradients)
         experts = [p for name, p in model.named_parameters() if name in self.layout.experts | self.layout.local]
         introduce(mesh, model, experts)
         groups = split_groups(optimizer, merged)
@@ -323,9 +325,10 @@ class Layout:
 
     @classmethod
     def take_over(
-        cls, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, gradients: GradientTable
+        cls, model: nn.Module, groups: Sequence[dict[str, Any]], mesh: Mesh, gradients: GradientTable
     ) -> Layout:
-        """Puts this rank's part, a plain parameter, in the place of each DTensor of the model and its optimizer."""
+        """Puts this rank's part, a plain parameter, in the place of each DTensor of the model and of an optimizer's
+        groups."""
         assert mesh.device_mesh is not None, "DeepSpeed needs a process group, of one rank at least"
         assert mesh.fsdp is None, "DeepSpeed cuts by its ZeRO stage"
         edp = "edp" if "edp" in (mesh.device_mesh.mesh_dim_names or ()) else "replicate"
@@ -338,7 +341,7 @@ class Layout:
             part = nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
             setattr(owner, name.rpartition(".")[2], part)
             plain[parameter] = part
-        for group in optimizer.param_groups:
+        for group in groups:
             group["params"] = [plain.get(parameter, parameter) for parameter in group["params"]]
         experts = frozenset(name for name, spread in gradients.spread_of.items() if spread.role == "experts")
         grid = mesh.device_mesh[edp, "ep"]
@@ -408,16 +411,11 @@ def introduce(mesh: Mesh, model: nn.Module, experts: Sequence[nn.Parameter]) -> 
             parameter.ds_optim_param = True  # type: ignore[attr-defined]
 
 
-def carry(model: nn.Module, has_experts: bool) -> nn.Module:
-    """The module that DeepSpeed is given: it holds the model, and passes on the loss.
-
-    The loop calls the model itself. What DeepSpeed hangs on the output of forward it so hangs on the loss.
-    """
+def marker() -> nn.Module:
+    """What DeepSpeed looks for in a module's tree: by its class alone it sees that there are experts."""
     from deepspeed.moe.layer import MoE
 
     class Marker(MoE):  # type: ignore[misc]
-        """By its class alone DeepSpeed sees that there are experts."""
-
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = 1
@@ -425,11 +423,28 @@ def carry(model: nn.Module, has_experts: bool) -> nn.Module:
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             """Nothing: `introduce` has told it of the groups."""
 
+        @property
+        def expert_group_name(self) -> str:
+            """What DeepSpeed asks for when it saves, which would leave out experts that are not of its own class."""
+            raise RuntimeError(
+                "save_checkpoint of DeepSpeed knows its own experts only and would leave these out: save with "
+                "torch.distributed.checkpoint what state_dict of spread_for_deepspeed's result gives"
+            )
+
+    return Marker()
+
+
+def carry(model: nn.Module, has_experts: bool) -> nn.Module:
+    """The module that DeepSpeed is given: it holds the model, and passes on the loss.
+
+    The loop calls the model itself. What DeepSpeed hangs on the output of forward it so hangs on the loss.
+    """
+
     class Carrier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
-            self.marker = Marker() if has_experts else None
+            self.marker = marker() if has_experts else None
 
         def forward(self, loss: Tensor) -> Tensor:
             return loss
@@ -445,8 +460,6 @@ def split_groups(optimizer: torch.optim.Optimizer, merged: Merged) -> list[dict[
     Raises:
         ConfigError: the run's optimizer has no such setting.
     """
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
     groups = [{"role": group["name"], **group} for group in optimizer.param_groups]
     if merged.has_optimizer:
         left = [key for key, value in merged.settings["optimizer"]["params"].items() if value == AUTO]
@@ -459,6 +472,13 @@ def split_groups(optimizer: torch.optim.Optimizer, merged: Merged) -> list[dict[
                 "Give it a value.",
             )
         groups = [{key: group[key] for key in ("role", "name", "params", *left)} for group in groups]
+    return split_experts(groups)
+
+
+def split_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An optimizer's groups with experts and others apart, as DeepSpeed wants them."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
     split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
 
@@ -498,3 +518,39 @@ def scatter(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
     safe_set_full_optimizer_state(parameter, value, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """What a DeepSpeed script of somebody's own needs of a model whose experts are spread.
+
+    Attributes:
+        groups: parameter groups, experts and others apart, each with a ``name``; settings of an optimizer may be added.
+        layout: how the experts lie.
+    """
+
+    groups: list[dict[str, Any]]
+    layout: Layout
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of ``model`` by global names, experts as DTensors in the same memory: what
+        `torch.distributed.checkpoint` saves, and fills when it loads."""
+        return {name: self.layout.show(name, value) for name, value in model.state_dict().items()}
+
+
+def spread_for_deepspeed(model: nn.Module, mesh: Mesh) -> Lent:
+    """For a script of somebody's own: shards the experts over ``mesh.ep``, in place, and tells DeepSpeed of them.
+
+    Call it before ``deepspeed.initialize``, which gets ``model`` and the groups, bare or in an optimizer. DeepSpeed
+    then averages every gradient over all ranks, the experts' too: the loss of a step is the mean of the ranks' losses.
+
+    Raises:
+        ConfigError: a layer cannot be spread over this many ranks.
+        ValueError: no MoE layer, one that is spread already, or a model that is wrapped already.
+    """
+    import_deepspeed(mesh)
+    experts_to_spread(model)
+    layout = Layout.take_over(model, [], mesh, spread(model, mesh))
+    introduce(mesh, model, [p for name, p in model.named_parameters() if name in layout.experts | layout.local])
+    model.add_module("deepspeed_marker", marker())
+    return Lent(split_experts([{"params": list(model.parameters()), "name": "all"}]), layout)

@@ -36,7 +36,7 @@ def spread_as_guest(model: nn.Module, mesh: Mesh) -> dict[str, nn.Parameter]:
     """
     if mesh.fsdp is not None:
         raise ValueError("a mesh with fsdp cuts every weight, which here is the wrapper's part: take adopt_mesh's")
-    names = _experts(model)
+    names = experts_to_spread(model)
     spread(model, mesh)
     experts = {name: model.get_parameter(name) for name in names}
     for parameter in experts.values():
@@ -46,8 +46,12 @@ def spread_as_guest(model: nn.Module, mesh: Mesh) -> dict[str, nn.Parameter]:
     return experts
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Names of the experts' parameters of a model that can still be spread."""
+def experts_to_spread(model: nn.Module) -> list[str]:
+    """Names of the experts' parameters of somebody's model.
+
+    Raises:
+        ValueError: it holds none, or they are spread already, or the model is wrapped already.
+    """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | FSDPModule):
@@ -58,7 +62,8 @@ def _experts(model: nn.Module) -> list[str]:
         if isinstance(module, MoELayer):
             own = {f"{name}.{key}".lstrip("."): value for key, value in module.named_parameters()}
             experts = set(module.bank.experts.parameters())
-            if any(isinstance(parameter, DTensor) for parameter in experts):
+            lie_whole = len(module.bank.experts.expert_ids) == module.config.num_experts
+            if not lie_whole or any(isinstance(parameter, DTensor) for parameter in experts):
                 raise ValueError(f"{name or 'the layer'} is spread already: spread a model once")
             found += [key for key, value in own.items() if value in experts]
     if not found:

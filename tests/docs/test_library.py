@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -27,6 +28,8 @@ from tests.ranks import Here
 
 PAGE = ROOT / "docs" / "library.md"
 WORLD = 4
+RATE = 1024.0
+"""Of SGD: a weight then moves by its gradient alone, to all of its digits."""
 
 
 def recipe(name: str) -> SimpleNamespace:
@@ -166,6 +169,58 @@ def test_what_is_used_is_public():
     assert len(named) == 6 and named <= public
 
 
+def with_deepspeed(here: Here, folder: str) -> dict[tuple[int, int], Any]:
+    """By EP size and ZeRO stage: change of every weight by one step of SGD, clipped but for ZeRO 0, and the norm."""
+    os.environ.setdefault("LOCAL_RANK", str(here.rank))
+    from torch.distributed import checkpoint
+
+    script = recipe("train_deepspeed")
+    real = script.deepspeed.initialize
+
+    def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+        """With SGD in the place of AdamW."""
+        keys = ("params", "name", "moe")
+        groups = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+        sgd = torch.optim.SGD(groups, lr=RATE)
+        return real(model=model, optimizer=sgd, config={**config, "zero_allow_untested_optimizer": True})
+
+    found = {}
+    with mock.patch.object(script.deepspeed, "initialize", initialize):
+        for ep, stage in itertools.product((1, 2, 4), (0, 1, 2)):
+            lent, engine = script.build(ep, stage)
+            before = {name: whole(weight).clone() for name, weight in lent.state_dict(engine.module).items()}
+            engine.backward(script.rank_loss(engine, *script.batch(0, here.rank)))
+            engine.step()
+            after = {name: whole(weight) for name, weight in lent.state_dict(engine.module).items()}
+            change = {name: (before[name] - weight) / RATE for name, weight in after.items()}
+            found[ep, stage] = change, engine.get_global_grad_norm()
+            with pytest.raises(RuntimeError, match="knows its own experts only"):
+                engine.save_checkpoint(f"{folder}/theirs")
+            checkpoint.save(lent.state_dict(engine.module), checkpoint_id=f"{folder}/{ep}_{stage}")
+            loaded = {name: torch.zeros(weight.shape) for name, weight in after.items()}
+            checkpoint.load(loaded, checkpoint_id=f"{folder}/{ep}_{stage}")
+            assert all(torch.equal(loaded[name], weight) for name, weight in after.items())
+            engine.destroy()
+    return found
+
+
+@pytest.mark.pitfall("1", "2", "3", "29")
+def test_deepspeed_equals_one_device(ranks, tmp_path):
+    """ZeRO 0, 1 and 2 at EP 1, 2 and 4; saved by one rank's names for all."""
+    reference = one_device(recipe("train_ddp"))
+    total = torch.stack([grad.square().sum() for grad in reference.values()]).sum().sqrt().item()
+    assert total > 1, "the clip must act"
+    for found in ranks(WORLD).run(with_deepspeed, str(tmp_path), limit_s=300):
+        for (ep, stage), (change, norm) in found.items():
+            assert change.keys() == reference.keys()
+            scale = 1.0 / total if stage > 0 else 1.0
+            for name, grad in reference.items():
+                difference = (change[name] - scale * grad).abs().max() / grad.abs().max()
+                assert difference <= 1e-5, f"{name} at ep {ep}, ZeRO {stage}: {difference:.1e}"
+            if stage > 0:
+                assert norm == pytest.approx(total, rel=1e-5)
+
+
 def hugging_face(family: str) -> nn.Module:
     """A model of two blocks with random weights."""
     import transformers
@@ -257,7 +312,7 @@ def test_a_hugging_face_block_is_swapped(ranks, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_ddp", "train_fsdp2", "train_mixtral"])
+@pytest.mark.parametrize("name", ["train_ddp", "train_fsdp2", "train_deepspeed", "train_mixtral"])
 def test_scripts_run_by_torchrun(tmp_path, name):
     """As the first line of each says; the loss falls."""
     (code,) = [block for block in blocks(PAGE, "python") if block.startswith(f'"""{name}.')]
