@@ -118,9 +118,10 @@ def check_gradients(ranks: Any, ep: int, case: Case) -> None:
             assert difference <= max(1e-5 * wanted.abs().max().item(), 1e-9), f"{name} at ZeRO {stage}, EP {ep}"
 
 
+@pytest.mark.pitfall("1", "2", "3", "6")
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_gradients_and_clip_are_those_of_one_device(ranks, ep: int):
-    """Pitfalls 1 and 2: every stage, three micro-steps, with dropping, padding and noise."""
+    """Every stage, three micro-steps, with dropping, padding and noise."""
     check_gradients(ranks, ep, case_of(3, fancy=False))
 
 
@@ -214,8 +215,9 @@ def routed_in(here: Here, config: RunConfig) -> set[str]:
     return found
 
 
+@pytest.mark.pitfall("28")
 def test_bf16_leaves_routers_in_fp32(ranks):
-    """Pitfall 28; and the numbers are the native engine's, to the last bit where nothing is cut."""
+    """And the numbers are the native engine's, to the last bit where nothing is cut."""
     config = {"bf16": {"enabled": "auto"}}
     assert check_steps(ranks, DeepSpeedConfig(0, config), ep=4, num_steps=2, precision="bf16") == 0
     assert check_steps(ranks, DeepSpeedConfig(1, config), ep=4, num_steps=2, precision="bf16") <= 1e-2
@@ -286,7 +288,7 @@ def check_resume(
 ) -> None:
     """Saved in one layout (world, ep, engine) after two steps; the next steps of each other equal its own."""
     world, ep, engine = saver
-    whole = ranks(world).run(trained, config_of(engine, accumulation=1), ep, folder, 2, 2 + num_steps)[0]
+    whole = ranks(world).run(trained, config_of(engine, world, accumulation=1), ep, folder, 2, 2 + num_steps)[0]
     for other_world, other_ep, other in resumers:
         config = config_of(other, world=world, accumulation=1)
         same_cut = ranks(other_world).run(trained, config, other_ep, folder, None, 2 + num_steps, limit_s=180)
@@ -319,13 +321,18 @@ def test_deepspeed_to_native_and_to_itself(ranks, tmp_path: Path):
     check_resume(ranks, (4, 2, ZERO[2]), [(4, 2, ZERO[2]), (4, 4, NATIVE), (1, 1, NATIVE)], tmp_path)
 
 
+SAVERS = [(4, 4, NATIVE), *((4, 4, engine) for engine in ZERO), (4, 1, ZERO[2])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("saver", [(4, 4, NATIVE), *((4, 4, engine) for engine in ZERO), (4, 1, ZERO[2])])
-def test_every_layout_and_engine_resumes(ranks, tmp_path: Path, saver: tuple[int, int, Any]):
-    """The next ten losses."""
+@pytest.mark.pitfall("29")
+@pytest.mark.parametrize("place", range(len(SAVERS)), ids=lambda place: str(SAVERS[place]))
+def test_every_layout_resumes(ranks, tmp_path: Path, place: int):
+    """The next ten losses; each layout meets each engine after some saver."""
+    engines = [NATIVE, *ZERO, NATIVE, ZERO[1]]
     layouts = [(4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1)]
-    resumers = [(world, ep, engine) for world, ep in layouts for engine in (NATIVE, *ZERO)]
-    check_resume(ranks, saver, resumers, tmp_path, num_steps=10)
+    resumers = [(*layout, engines[(place + i) % len(engines)]) for i, layout in enumerate(layouts)]
+    check_resume(ranks, SAVERS[place], resumers, tmp_path, num_steps=10)
 
 
 SCHEDULES = [

@@ -14,6 +14,8 @@ from moedist.config import ConfigError, ConfigErrors
 from moedist.engine.contract import TrainingStep
 from moedist.engine.deepspeed import DeepSpeedConfig
 from moedist.engine.deepspeed_json import REFUSED, Merged, merge
+from moedist.launch.compose import compose
+from moedist.launch.validate import validate
 from moedist.mesh import MeshConfig
 
 STEP = TrainingStep(micro_batch=2, accumulation=3, precision="bf16", clip_norm=0.5, num_steps=100, warmup_steps=7)
@@ -174,6 +176,17 @@ def test_what_the_engine_cannot_do_is_said_in_the_parent(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     with pytest.raises(ConfigError, match=r"pip install 'moedist\[deepspeed\]'"):
         check(DeepSpeedConfig())
+
+
+def test_a_contradiction_is_named_before_a_rank_starts():
+    overrides = ["engine=deepspeed", "engine.config={train_batch_size: 7}", "mesh.fsdp=4", "data=synthetic"]
+    composed = compose(["experiment=null", "data.num_tokens=50000", *overrides])
+    with pytest.raises(ConfigErrors) as caught:
+        validate(composed.config, composed.mapping, 4)
+    assert [error.key for error in caught.value.errors] == ["mesh.fsdp"]
+    composed = compose(["experiment=null", "data.num_tokens=50000", *overrides, "mesh.fsdp=null"])
+    with pytest.raises(ConfigErrors, match=r"engine.config.train_batch_size = 7 contradicts .*train.micro_batch"):
+        validate(composed.config, composed.mapping, 4)
 
 
 def test_a_json_is_read_from_a_file(tmp_path: Path):
