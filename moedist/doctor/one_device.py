@@ -24,14 +24,18 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import FFNExpertsConfig
 from moedist.moe.layer import MoEConfig, MoELayer, MoEOutput
 from moedist.moe.plan import CapacityPlan
+from moedist.moe.report import CountedMass
 from moedist.moe.router.contract import Routing
 from moedist.train.config import RunConfig
 
 
 def on_one_device(config: RunConfig, num_ranks: int) -> RunConfig:
-    """The same global batch on one rank, with local banks, experts in a loop and the native engine."""
+    """The same global batch on one rank, with local banks, experts in a loop and the native engine, as it stands."""
     train = dataclasses.replace(
-        config.train, micro_batch=config.train.micro_batch * num_ranks, activation_checkpointing="none"
+        config.train,
+        micro_batch=config.train.micro_batch * num_ranks,
+        activation_checkpointing="none",
+        compile="none",
     )
     plain = dataclasses.replace(config, train=train, engine=NativeConfig(), mesh=MeshConfig(device=config.mesh.device))
     with warnings.catch_warnings():
@@ -91,10 +95,20 @@ def _forward(
         join_plans([plan for _, plan in planned], num_tokens),
         ctx,
     )
-    for name in together.losses:
-        if getattr(layer.config.balance[name], "scope", "global") == "micro_batch":
-            together.losses[name] = torch.stack([output.report.losses[name] for output in outputs]).sum()
+    reports = [output.report for output in outputs]
+    for name, config in layer.config.balance.items():
+        if getattr(config, "scope", "global") != "micro_batch":
+            continue
+        if name in together.pooled:
+            together.pooled[name] = _side_by_side([each.pooled[name] for each in reports])
+        elif name in together.losses:
+            together.losses[name] = torch.stack([each.losses[name] for each in reports]).sum()
     return MoEOutput(torch.cat([output.out_TD for output in outputs]), together)
+
+
+def _side_by_side(masses: Sequence[CountedMass]) -> CountedMass:
+    """Each block a group of its own."""
+    return CountedMass(torch.cat([mass.counts_GE for mass in masses]), torch.cat([mass.mass_GE for mass in masses]))
 
 
 def blocks_of(ctx: TokenContext, num_blocks: int) -> list[TokenContext]:

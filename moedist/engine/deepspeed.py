@@ -487,6 +487,8 @@ def fill_in(merged: Merged, groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> 
     """What is known only now: the groups, which have taken over what was ``"auto"``, and the device."""
     settings, notes = copy.deepcopy(merged.settings), list(merged.notes)
     settings.setdefault("timers", {"throughput": {"enabled": False}})  # which would wait for the device every step
+    if not merged.has_optimizer:
+        settings.setdefault("zero_allow_untested_optimizer", True)  # the run's own is the user's choice
     peaks = [group.get("lr") for group in groups]
     if not merged.has_optimizer:
         settings.setdefault("zero_allow_untested_optimizer", True)  # it has a list of types; ours are ours to test

@@ -65,6 +65,7 @@ class DryRun:
         num_parameters: of the whole model; the pieces were found to add up to it.
         parameters: how each lies.
         ranks: those that were built.
+        on_host: whether all that is counted lies on the host and not on the device.
         seconds: what it took.
     """
 
@@ -72,6 +73,7 @@ class DryRun:
     num_parameters: int
     parameters: dict[str, Layout]
     ranks: tuple[PlannedRank, ...]
+    on_host: bool
     seconds: float
 
 
@@ -98,7 +100,8 @@ def dry_run(config: RunConfig, vocab_size: int, world_size: int) -> DryRun:
             ranks.append(plan_rank(spread, engine, mesh))
             engine.close()
     num_parameters = sum(math.prod(shape) for shape in whole.values())
-    return DryRun(world_size, num_parameters, parameters, tuple(ranks), time.perf_counter() - begin)
+    on_host = config.engine.weights_on_host and config.mesh.fsdp is not None
+    return DryRun(world_size, num_parameters, parameters, tuple(ranks), on_host, time.perf_counter() - begin)
 
 
 def chosen_ranks(config: MeshConfig, world_size: int) -> list[int]:
@@ -159,7 +162,8 @@ def describe(plan: DryRun) -> list[str]:
             lines.append(f"  experts   {in_short(experts)} of layers {in_short(blocks)}")
         parts = {"weights": rank.weight_bytes, "gradients": rank.gradient_bytes, "optimizer": rank.optimizer_bytes}
         told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-        lines.append(f"  memory    {size_text(rank.total_bytes)}: {told}")
+        where = " on the host" if plan.on_host else ""
+        lines.append(f"  memory    {size_text(rank.total_bytes)}{where}: {told}")
     lines += ["", *shape_table(plan), ""]
     lines.append(f"check        all {plan.num_parameters:,} parameters are there, each exactly once in every copy")
     lines.append(f"not counted  {NOT_COUNTED}")

@@ -105,11 +105,15 @@ def test_what_cannot_run_is_refused(started: list, capsys: Output):
     ("overrides", "code", "words"),
     [
         (["experiment=olmoe_1b_7b"], 0, "equal: all"),
+        (["mesh.ep=4", "mesh.fsdp=4", "train.activation_checkpointing=full", *QUICK], 0, "(fp64)"),
+        (["mesh.ep=4", "engine=deepspeed", "engine.zero_stage=2", *QUICK], 0, "(fp32)"),
         (["plugins=[faulty]", "moe/dispatch=gateless", *QUICK], 5, ".router.weight"),
         (["plugins=[faulty]", "moe/experts=halved", *QUICK], 5, ".experts.down"),
     ],
 )
 def test_on_real_ranks(overrides: list[str], code: int, words: str):
+    if "engine=deepspeed" in overrides:
+        pytest.importorskip("deepspeed")
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'doctor' / 'src'}"
     command = [sys.executable, "-m", "moedist", "doctor", "parity", *overrides]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)

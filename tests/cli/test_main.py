@@ -154,12 +154,23 @@ def test_1024_ranks_are_planned_on_one_machine(started: list, capsys: Output):
         "not counted  activations,",
     ):
         assert words in said
-    assert main([*command, "experiment=olmoe_1b_7b", "train.micro_batch=1", "mesh.fsdp=1024"]) == 0
+    assert (
+        main([*command, "experiment=olmoe_1b_7b", "train.micro_batch=1", "mesh.fsdp=1024", "engine.offload=true"]) == 0
+    )
     cut = capsys.readouterr().out
-    assert "memory    0.101 GiB: weights 0.025 GiB" in cut and "fsdp      0-1023 (1024)\n  replicate 63 (1)\n" in cut
+    assert (
+        "memory    0.101 GiB on the host: weights 0.025 GiB" in cut
+        and "fsdp      0-1023 (1024)\n  replicate 63 (1)\n" in cut
+    )
     assert re.search(r"experts\.down +16 +\[64, 1024, 2048\] +1024 +1 +\[1, 64, 2048\]\n", cut)
     assert re.search(r"experts\.down +16 +\[64, 1024, 2048\] +64 +16 +\[1, 1024, 2048\]\n", said)
     assert started == []
+
+
+def test_engines_that_need_their_ranks_are_not_planned(capsys: Output):
+    pytest.importorskip("deepspeed")
+    assert main(["train", "--dry-run", *QUICK, "engine=deepspeed"]) == 2
+    assert "cannot be built without its ranks. Plan with engine=native" in capsys.readouterr().err
 
 
 def test_what_several_nodes_need(tmp_path: Path, started: list, capsys: Output):

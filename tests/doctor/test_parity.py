@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from moedist.doctor.parity import RESULT, check_rank
+from moedist.moe.balance.importance import ImportanceConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.dispatch.padded import PaddedConfig
@@ -52,6 +53,13 @@ def case(name: str) -> RunConfig:
 
     balance = {"switch": SwitchConfig(0.3, "micro_batch"), "z_loss": ZLossConfig(0.1), "other": SwitchConfig(0.2)}
     twice = {"global_batch_tokens": 2 * WORLD * ROWS * LENGTH, "activation_checkpointing": "full"}
+    whole_step = {
+        "running": SwitchConfig(0.2),
+        "whole": SwitchConfig(0.3, accumulation="two_pass"),
+        "pooled": SwitchConfig(0.1, accumulation="two_pass", layers="pooled"),
+        "own": SwitchConfig(0.1, "micro_batch", layers="pooled"),
+        "importance": ImportanceConfig(0.1, accumulation="two_pass"),
+    }
     parts: dict[str, dict[str, Any]] = {
         "right": {},
         "fast": {"moe": {"dispatch": PaddedConfig(), "experts": GroupedConfig(hidden_dim=12)}},
@@ -60,6 +68,7 @@ def case(name: str) -> RunConfig:
             "capacity": {"group": "sequence"},
             "moe": {"balance": {"switch": SwitchConfig(0.3, "sequence")}},
         },
+        "whole_step": {"moe": {"balance": whole_step}, "train": twice},
         "halved": {"moe": {"experts": HalvedConfig(hidden_dim=12)}},
         "gateless": {"moe": {"dispatch": GatelessConfig()}},
         "own_ranks": {"moe": {"balance": {"own_ranks": OwnRanksConfig(0.3)}}},
@@ -84,7 +93,9 @@ def in_block(result: dict[str, Any], block: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_what_is_right_passes(ranks, tmp_path: Path, ep: int):
-    for result in ranks(WORLD).run(compared, ["fast", "accumulated", "by_sequence"], str(tmp_path), ep)[0]:
+    for result in ranks(WORLD).run(compared, ["fast", "accumulated", "by_sequence", "whole_step"], str(tmp_path), ep)[
+        0
+    ]:
         assert result["good"], result
         assert 0 < result["pairs"]["kept"] < result["pairs"]["asked"], "nothing was dropped"
         assert max(one["difference"] for one in result["parameters"]) > 0, "it compares a thing with itself"
