@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
+import moedist
 from moedist.config import ConfigError
 from moedist.launch.compose import compose, conf_folder
 from moedist.moe.layer import MoEConfig
@@ -167,6 +169,19 @@ def test_keys_are_those_of_the_table(name: str):
             assert value == value_of(DEFAULT, key), key
     coefficients = {kind: getattr(loss, "coefficient", None) for kind, loss in moe.balance.items()}
     assert coefficients == row.get("balance", {"switch": 0.01, "z_loss": 0.001})
+
+
+def test_no_code_knows_a_preset():
+    """What a preset does is said by its keys: no text in the sources names one, docstrings aside."""
+    names = set(TABLE) - {"default", "switch", "expert_choice"}  # names of choices and values too
+    root = Path(moedist.__file__).parent
+    for path in (path for room in ("moe", "model", "train", "launch") for path in (root / room).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        documented = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+        texts = {node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        texts -= {node.value for node in documented if isinstance(node.value, ast.Constant)}
+        found = {text.value for text in texts if any(name in text.value for name in names)}
+        assert not found, f"{path} knows {found}"
 
 
 @pytest.mark.parametrize("name", sorted(set(TABLE) - {"expert_choice"}))
