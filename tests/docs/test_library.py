@@ -15,14 +15,17 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import moedist.mesh
 import moedist.moe
 import moedist.parallel
+from moedist.mesh import adopt_mesh
 from moedist.moe import MoEConfig, TokenContext
 from moedist.moe import layer as moe_layer
 from moedist.moe.balance.bias import BiasConfig
+from moedist.parallel import spread_as_guest
 from tests.docs.pages import ROOT, blocks, prose
 from tests.ranks import Here
 
@@ -141,6 +144,33 @@ def saved_and_loaded(here: Here, folder: str) -> bool:
     state = loaded.state_dict()
     checkpoint.load(state, checkpoint_id=folder)
     return all(torch.equal(whole(weight), weights[name]) for name, weight in state.items())
+
+
+def in_bf16(here: Here) -> tuple[torch.dtype, float]:
+    """Under FSDP2's own mixed precision, the router a unit of its own as the page says: dtype of its weight in forward,
+    and how far its gradient is from that in fp32, relative to its largest entry."""
+    script = recipe("train_fsdp2")
+    grads: list[Tensor] = []
+    seen: list[torch.dtype] = []
+    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)):
+        torch.manual_seed(0)
+        model = script.Model()
+        ignored = set(spread_as_guest(model, adopt_mesh(2, "cpu")).values())
+        for block in model.blocks:
+            block.moe.router.register_forward_hook(lambda module, *_: seen.append(module.weight.dtype))
+            fully_shard(block.moe.router)
+            fully_shard(block, mp_policy=policy, ignored_params=ignored)
+        fully_shard(model, mp_policy=policy, ignored_params=ignored)
+        script.rank_loss(model, *script.batch(0, here.rank)).backward()
+        grads.append(whole(model.blocks[0].moe.router.weight.grad))
+    return seen[-1], ((grads[1] - grads[0]).abs().max() / grads[0].abs().max()).item()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.pitfall("28")
+def test_fsdp2_in_bf16_leaves_the_router_alone(ranks):
+    for dtype, difference in ranks(WORLD).run(in_bf16):
+        assert dtype == torch.float32 and 0 < difference < 0.3, difference
 
 
 @pytest.mark.pitfall("29")
