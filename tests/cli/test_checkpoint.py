@@ -44,7 +44,7 @@ def run(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks, each with half of the experts; checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("run")
     claim_folder(in_folder(SMALL, folder, 2).run, to_mapping(in_folder(SMALL, folder, 2))).release()
-    assert ranks(2).run(train, folder, 2) == [0, 0]
+    assert ranks(2).run(train, folder, 2, limit_s=300) == [0, 0]
     return folder
 
 
@@ -183,7 +183,7 @@ def test_a_run_goes_on_from_a_resharded_checkpoint(ranks, run: Path, tmp_path: P
         folder = tmp_path / name
         config = in_folder(SMALL, folder, 2, resume=str(source))
         claim_folder(config.run, to_mapping(config)).release()
-        assert ranks(2).run(train, folder, 2, str(source)) == [0, 0]
+        assert ranks(2).run(train, folder, 2, str(source), limit_s=300) == [0, 0]
         found[name] = rows_of(folder), digest_of(SMALL, checkpoint(folder))
     assert found["kept"] == found["resharded"] and sorted(found["kept"][0]) == [5, 6, 7, 8]
     assert found["kept"][1] == digest_of(SMALL, checkpoint(run))

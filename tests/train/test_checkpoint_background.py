@@ -200,7 +200,7 @@ def train(here: Here, config: RunConfig, fault: str | None = None, at: int = 0) 
 
 def run(ranks: Any, config: RunConfig, *fault: Any) -> int:
     claim_folder(config.run, to_mapping(config)).release()
-    first, second = ranks(2).run(train, config, *fault)
+    first, second = ranks(2).run(train, config, *fault, limit_s=300)
     assert first == second
     return first
 

@@ -67,7 +67,7 @@ def run(ranks: Any, layout: Layout, config: RunConfig, folder: Path, resume: str
     config = dataclasses.replace(config, run=RunFolder(str(folder), resume=resume), mesh=MeshConfig(ep=ep, fsdp=fsdp))
     claim_folder(config.run, to_mapping(config)).release()
     if world > 1:
-        assert ranks(world).run(train, config) == [0] * world
+        assert ranks(world).run(train, config, limit_s=300) == [0] * world
     else:
         with no_measuring():
             assert run_rank(config, folder, Mesh.alone()) == 0
