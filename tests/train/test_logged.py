@@ -47,7 +47,10 @@ def test_logged_values_are_those_of_the_whole_step(accumulation: int, recompute:
     config = changed(
         CONFIG,
         moe={"balance": {"switch": SwitchConfig(0.3, "sequence"), "z_loss": ZLossConfig(0.1)}},
-        train={"global_batch_tokens": accumulation * ROWS * LENGTH, "activation_checkpointing": recompute},
+        train={
+            "global_batch_tokens": accumulation * ROWS * LENGTH,
+            "activation_checkpointing": "full" if recompute else "none",
+        },
     )
     trainer, log = make_trainer(config, config.data.open(), Mesh.alone()), Written()
     layers = [module for module in trainer.model.modules() if isinstance(module, MoELayer)]

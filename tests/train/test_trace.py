@@ -28,7 +28,7 @@ STEPS = 3
 RECORDED = changed(
     CONFIG,
     capacity={"drop_policy": "token"},
-    train={"global_batch_tokens": 4 * ROWS * LENGTH, "activation_checkpointing": True},
+    train={"global_batch_tokens": 4 * ROWS * LENGTH, "activation_checkpointing": "full"},
     log={"trace": TraceConfig(steps=(1, 3), every=2)},
 )
 
