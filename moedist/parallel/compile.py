@@ -28,7 +28,9 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
     for part in parts_of(model):
-        compiled = torch.compile(part.forward, fullgraph=True, backend=backend)
+        # Not dynamic: shapes are those of the batch, and a number that became a symbol (a layer's, in the names of its
+        # noise, of 64 bits) is more than inductor's arithmetic of symbols holds.
+        compiled = torch.compile(part.forward, fullgraph=True, dynamic=False, backend=backend)
         part.forward = compiled
 
 

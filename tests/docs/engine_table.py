@@ -146,7 +146,6 @@ def measure(rows: list[Row] | None = None) -> list[Figures]:
                     references[row.precision] = on_one_device(row.config(), STEPS)
                 expected = references[row.precision]
                 got, *others = pool.run(run, row, limit_s=900)
-                print(row, file=sys.stderr)
                 figures.append(
                     Figures(
                         row,

@@ -261,12 +261,15 @@ def narrow(here: Here) -> list[tuple[list[float], dict[str, str]]]:
         trainer = make_trainer(BF16, source, here.mesh_of(ep, fsdp))
         seen: dict[str, str] = {}
 
-        def note(module: nn.Module, args: tuple, output: Any, seen: dict[str, str] = seen) -> None:
-            if isinstance(module, Router):
-                seen |= {"router": str(module.weight.dtype), "logits": str(output.logits_TE.dtype)}
+        def note(module: nn.Module, args: tuple, output: Any = None, seen: dict[str, str] = seen) -> None:
+            if output is None:  # before forward: after it the router's unit has let go of what it gathered
+                seen["router"] = str(module.weight.dtype)
+            elif isinstance(module, Router):
+                seen["logits"] = str(output.logits_TE.dtype)
             else:
                 seen |= {"query": str(module.weight.dtype), "x": str(output.dtype)}
 
+        trainer.model.blocks[1].ffn.moe.router.register_forward_pre_hook(note)
         trainer.model.blocks[1].ffn.moe.router.register_forward_hook(note)
         trainer.model.blocks[1].attention.query.register_forward_hook(note)
         steps = run_steps(trainer, 3)
