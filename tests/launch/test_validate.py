@@ -92,3 +92,18 @@ def test_a_plan_of_several_nodes_needs_no_data_where_the_ids_are_known():
 def test_a_plan_of_many_ranks_says_that_the_corpus_is_short():
     composed = compose([*SMALL, *SYNTHETIC, "launch.nnodes=128"])
     assert "takes 2048 samples per step" in validate_dry_run(composed.config, composed.mapping, 1024).describe()
+
+
+def test_weights_that_cannot_be_cut_or_offloaded():
+    errors = errors_of("mesh.ep=2", "mesh.fsdp=8", "engine.offload=true")
+    assert (
+        "mesh.fsdp = 8 does not divide the 4 ranks launched. Set mesh.fsdp to 2 or 4 or to null" in errors["mesh.fsdp"]
+    )
+    assert "needs weights that are cut" in errors_of("engine.offload=true")["engine.offload"]
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("CXX", "icpx -O1")
+    errors = errors_of("train.compile=blocks")
+    assert "needs a C++ compiler, and this machine has none of icpx, g++, clang++" in errors["train.compile"]

@@ -49,7 +49,7 @@ STEPS = 2
 def train(here: Here, config: RunConfig) -> list[tuple[Steps, list[str]]]:
     """Of layouts: what the steps did, and names of the parameters that differ between replicas after them."""
     source, results = config.data.open(), []
-    for ep, fsdp in LAYOUTS if config.train.accumulation(4) == 1 else [(2, None), *CUT[2:]]:
+    for ep, fsdp in LAYOUTS if config.train.accumulation(4) == 1 else [(2, 2), (2, 4)]:
         mesh = here.mesh_of(ep, fsdp)
         trainer = make_trainer(config, source, mesh)
         steps = run_steps(trainer, STEPS)
@@ -224,7 +224,7 @@ def pass_on(here: Here, folder: Path) -> list[str]:
     """A state trained at one layout, then loaded and saved by every other in turn: digests of the whole."""
     config, source = CONFIG, CONFIG.data.open()
     found = []
-    for step, (ep, fsdp) in enumerate([(2, 4), (4, 4), (1, 2), (2, None), (1, 4), (2, 2), (4, None), (1, 1)], start=1):
+    for step, (ep, fsdp) in enumerate([(2, 4), (4, 4), (2, None), (2, 2), (1, 4)], start=1):
         mesh = here.mesh_of(ep, fsdp)
         trainer = make_trainer(config, source, mesh)
         store = CheckpointStore(folder, slow_axis(mesh, 60.0), None, [].append)
@@ -243,7 +243,7 @@ def test_checkpoints_pass_through_every_layout(ranks, tmp_path: Path):
     """Weights and moments, to the bit; then on one process."""
     for digests in ranks(4).run(pass_on, tmp_path, limit_s=120):
         assert len(set(digests)) == 1, digests
-    assert digest_of(CONFIG, tmp_path / "step_00000001") == digest_of(CONFIG, tmp_path / "step_00000008")
+    assert digest_of(CONFIG, tmp_path / "step_00000001") == digest_of(CONFIG, tmp_path / "step_00000005")
 
 
 BF16 = changed(
