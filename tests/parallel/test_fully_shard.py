@@ -19,7 +19,8 @@ from moedist.mesh import MeshConfig
 from moedist.mesh.collectives import all_gather
 from moedist.mesh.slow import slow_axis
 from moedist.model.contract import StepContext
-from moedist.model.layers.interleaved import InterleavedConfig
+from moedist.model.layers.contract import LayerSpec
+from moedist.model.layers.listed import ListedConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
@@ -326,7 +327,7 @@ def test_offloading_needs_weights_that_are_cut():
 
 def without_moe(here: Here) -> list[list[float]]:
     """Losses of a model whose blocks are all dense, whose metrics are reduced all the same."""
-    config = changed(CONFIG, model={"layers": InterleavedConfig(num_layers=2, first_dense=2)})
+    config = changed(CONFIG, model={"layers": ListedConfig(blocks=(LayerSpec(repeat=2),))})
     found = []
     for fsdp in (None, 4):
         trainer = make_trainer(config, config.data.open(), here.mesh_of(1, fsdp))
