@@ -47,5 +47,5 @@ def test_failures_are_readable_and_the_pool_recovers(ranks) -> None:
     with pytest.raises(RankError, match="rank 1 of 2: died, exit code -9"):
         pool.run(_die_on_one)
     with pytest.raises(RankError, match=r"(?s)rank 1 of 2: did not end.*_hang_on_one"):
-        pool.run(_hang_on_one, limit_s=1.0)
+        pool.run(_hang_on_one, limit_s=3.0)
     assert [result[0] for result in pool.run(_axes, 0)] == [1.0, 1.0]

@@ -74,6 +74,7 @@ def test_to_mapping():
             "groups": None,
             "noise_std": 0.0,
             "input_jitter": 0.0,
+            "selection_bias": "allowed",
             "bias": False,
         },
         "by_name": {"a": {"sizes": [3]}},
