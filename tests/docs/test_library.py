@@ -234,6 +234,7 @@ def with_deepspeed(here: Here, folder: str) -> dict[tuple[int, int], Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall("1", "2", "3", "29")
 def test_deepspeed_equals_one_device(ranks, tmp_path):
     """ZeRO 0, 1 and 2 at EP 1, 2 and 4; saved by one rank's names for all."""

@@ -119,7 +119,7 @@ def check_gradients(ranks: Any, ep: int, case: Case) -> None:
 
 
 @pytest.mark.pitfall("1", "2", "3", "6")
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_gradients_and_clip_are_those_of_one_device(ranks, ep: int):
     """Every stage, three micro-steps, with dropping, padding and noise."""
     check_gradients(ranks, ep, case_of(3, fancy=False))
@@ -164,7 +164,8 @@ def test_steps_equal_the_native_engines(ranks):
     assert check_steps(ranks, DeepSpeedConfig(zero_stage=2), ep=2, num_steps=3) <= 1e-5
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_adam_of_their_json_is_ours(ranks, stage: int):
     assert check_steps(ranks, DeepSpeedConfig(stage, {"optimizer": ADAM}), ep=2, num_steps=2) <= 1e-5
 

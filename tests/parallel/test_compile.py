@@ -58,6 +58,7 @@ def compiled(here: Here, backend: str, layouts: list, steps: int = 2) -> list[tu
     return found
 
 
+@pytest.mark.slow
 def test_graphs_are_whole_equal_and_made_once(ranks):
     """Through the exchange at EP 2, with FSDP, with recomputation; 5 steps make no graph that the first has not."""
     layouts = [(PADDED, 2, None, "none"), (PADDED, 2, 2, "selective"), (RAGGED, 1, None, "full")]

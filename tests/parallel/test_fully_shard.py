@@ -64,8 +64,7 @@ def train(here: Here, config: RunConfig) -> list[tuple[Steps, list[str]]]:
 
 
 @pytest.mark.pitfall("1", "2", "3", "6", "7")
-@pytest.mark.pitfall("1", "2", "3", "6", "7")
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_layout_equals_one_device(ranks, accumulation: int):
     """Pitfalls 1, 2, 3, 6 and 7, with dropping, noise and the clip on: first values, gradients, losses, norms."""
     config = on_global_batch(CONFIG, accumulation)
@@ -113,7 +112,6 @@ def layers(here: Here, case: str) -> float:
     return worst
 
 
-@pytest.mark.pitfall("4", "5")
 @pytest.mark.pitfall("4", "5")
 @pytest.mark.parametrize("case", CASES)
 def test_empty_ranks_and_idle_experts(ranks, case: str):

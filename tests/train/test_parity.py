@@ -155,7 +155,7 @@ def gradients(here: Here, ep: int, precision: str) -> list[tuple[float, float, d
     return results
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("world", "ep"), LAYOUTS)
 def test_ranks_equal_one_device(ranks, world: int, ep: int, precision: str):
     by_rank = ranks(world).run(gradients, ep, precision, limit_s=300)

@@ -108,6 +108,7 @@ def whole(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(ranks, (4, 4, None), BIASED, tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall("14", "29", "30")
 def test_from_four_ranks_to_two_and_one(ranks, whole: Path, tmp_path: Path):
     """Twelve experts, Adam's moments, the balancing bias, step, schedule, data position."""
@@ -119,6 +120,7 @@ def test_from_four_ranks_to_two_and_one(ranks, whole: Path, tmp_path: Path):
     goes_on(ranks, whole, [(4, 4, None), (2, 2, None), (1, 1, None), (4, 2, None)], BIASED, tmp_path)
 
 
+@pytest.mark.slow
 def test_with_an_expert_that_is_never_asked(ranks, tmp_path: Path):
     """Its weights decay, its moments stay zero, at every layout."""
     whole = run(ranks, (4, 4, None), IDLE, tmp_path / "whole")

@@ -69,7 +69,7 @@ def recorded(ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
     return folder, ranks(2).run(steps, 2, RECORDED, folder)[0]
 
 
-LAYOUTS = [(1, 1), (2, 2), (4, 1), (4, 4)]
+LAYOUTS = [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (4, 4)]
 
 
 def run_at(ranks: Any, world: int, ep: int, config: Any) -> list[dict[str, Any]]:
