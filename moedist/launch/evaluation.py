@@ -79,5 +79,5 @@ def without_limits(value: Any) -> Any:
         return value
     plain = {key: without_limits(inner) for key, inner in value.items()}
     if isinstance(plain.get("capacity"), dict):
-        plain["capacity"] |= {"factor": None, "expert_capacity": None, "eval_factor": "train"}
+        plain["capacity"] |= {"factor": None, "final_factor": None, "expert_capacity": None, "eval_factor": "train"}
     return plain

@@ -19,13 +19,22 @@ from moedist.train.config import RunConfig
 
 
 def evaluate(
-    model: LanguageModel, source: Source, config: RunConfig, mesh: Mesh, beat: Callable[[], None] = lambda: None
+    model: LanguageModel,
+    source: Source,
+    config: RunConfig,
+    mesh: Mesh,
+    step: int,
+    beat: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean next-token loss in nats over the held-out part, or over ``train.eval_batches`` micro-steps of it.
 
     Every rank takes the same number of micro-steps, so that their exchanges meet; past the end a rank's micro-batch is
     padding. Without noise and, unless ``moe.capacity.eval_factor`` says otherwise, under the training's capacity.
-    ``beat`` is called before each micro-step: the whole may take long, one micro-step may not.
+
+    Args:
+        step: optimizer steps that the model has taken: schedules of its layers (a capacity factor, a temperature) stand
+            where the next step of training would find them.
+        beat: called before each micro-step: the whole may take long, one micro-step may not.
     """
     loader = Loader(
         source,
@@ -47,7 +56,7 @@ def evaluate(
                 batch = batch.to(mesh.device)
                 context = StepContext(
                     seed=config.seed,
-                    step=torch.zeros((), dtype=torch.int64, device=mesh.device),
+                    step=torch.tensor(step, device=mesh.device),
                     num_tokens=batch.num_tokens(),
                     training=False,
                 )

@@ -23,7 +23,7 @@ from moedist.mesh import Mesh
 from moedist.mesh.collectives import broadcast_json
 from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.mesh.slow import slow_axis
-from moedist.moe.layer import routing_label
+from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.token_choice import group_notes
 from moedist.train.build import SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
@@ -104,7 +104,7 @@ def eval_rank(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Path, te
         store = CheckpointStore(checkpoint.parent, slow_axis(mesh, config.mesh.save_timeout_s))
         meta = store.load(checkpoint, {"model": model.state_dict()})
         check_same_data(meta, source, config)
-        loss = evaluate(model, source, config, mesh, beat=lambda: watchdog.enter("eval", meta["step"]))
+        loss = evaluate(model, source, config, mesh, meta["step"], beat=lambda: watchdog.enter("eval", meta["step"]))
         label = routing_label(model)
         note = f"  [{label}]" if label is not None else ""
         if mesh.dp.rank == 0:
@@ -191,7 +191,7 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     """What a user wants to know before the first step."""
     if mesh.dp.rank != 0:
         return
-    train, size, capacity = config.train, spread.size, config.moe.capacity
+    train, size = config.train, spread.size
     tokens = train.accumulation(mesh.dp.size) * mesh.dp.size * train.micro_batch * train.sequence_length
     log.say(
         f"model  {size.total / 1e6:.2f} M parameters, {size.active / 1e6:.2f} M active; "
@@ -205,10 +205,11 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     yardstick = bigram_cross_entropy(source)
     if yardstick is not None:
         log.say(f"yardstick  held-out loss of a smoothed byte-bigram model: {yardstick:.4f} nats per byte")
-    if spread.model.moe_blocks and not capacity.causal:
+    limits = [module.config.capacity for module in spread.model.modules() if isinstance(module, MoELayer)]
+    for policy, group in dict.fromkeys((limit.drop_policy, limit.group) for limit in limits if not limit.causal):
         log.say(
-            f"note   drop_policy {capacity.drop_policy} in groups of a {capacity.group}: a later token can evict an "
-            f"earlier one in training; generation and `moedist eval` drop nothing"
+            f"note   drop_policy {policy} in groups of a {group}: a later token can evict an earlier one in training; "
+            f"generation and `moedist eval` drop nothing"
         )
     moe = config.moe
     note = moe.dispatch.note(moe.num_experts, moe.router.experts_per_token(moe.num_experts), moe.capacity.dropless)

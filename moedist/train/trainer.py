@@ -237,7 +237,7 @@ class Trainer:
             evaluates = due(train.eval_every, progress.step, last)
             if evaluates:
                 self.eval_loss = evaluate(
-                    self.model, self.source, self.config, self.mesh, beat=lambda: self.enter("eval")
+                    self.model, self.source, self.config, self.mesh, progress.step, beat=lambda: self.enter("eval")
                 )
             if evaluates or due(train.log_every, progress.step, last):
                 self.record(log, evaluates)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moedist.cli.main import main
-from moedist.launch.compose import compose
+from moedist.launch.compose import compose, compose_onto
 from moedist.launch.evaluation import plan_evaluation, without_limits
 from moedist.train.checkpoint.manifest import FileSeal, Manifest, folder_name, write_manifest
 from moedist.train.status import Status
@@ -53,8 +53,15 @@ def test_overrides_have_the_last_word(run: Path):
 def test_limits_of_single_layers_go_too():
     layer = {"ffn": {"moe": {"capacity": {"factor": 1.0, "expert_capacity": 4, "eval_factor": None, "group": "rank"}}}}
     (plain,) = without_limits([layer])
-    dropless = {"factor": None, "expert_capacity": None, "eval_factor": "train", "group": "rank"}
-    assert plain["ffn"]["moe"]["capacity"] == dropless
+    no_limit = {"factor": None, "final_factor": None, "expert_capacity": None, "eval_factor": "train"}
+    assert plain["ffn"]["moe"]["capacity"] == {**no_limit, "group": "rank"}
+
+
+def test_a_factor_that_moves_is_taken_off_too():
+    moving = compose([*TRAINED, "moe.capacity.final_factor=2.0"])
+    assert (
+        compose_onto(without_limits(moving.mapping)).config.moe.capacity == moving.config.moe.capacity.without_limit()
+    )
 
 
 def test_the_command(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output):

@@ -190,7 +190,7 @@ def evaluated(here: Here) -> list[tuple[float, float]]:
         trainer = make_trainer(config, source, here.mesh_of(ep, fsdp))
         loader = trainer.loader()
         trainer.step(loader)
-        held_out = evaluate(trainer.model, source, config, trainer.mesh)
+        held_out = evaluate(trainer.model, source, config, trainer.mesh, trainer.progress.step)
         assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()) or fsdp is None
         trainer.step(loader)
         found.append((held_out, trainer.tally.reduce(trainer.mesh.dp).loss))
