@@ -46,7 +46,7 @@ class CapacityConfig(Config):
             in rounds, its token's best expert that it has not tried and that has room (one round per expert: slow at
             many).
         renormalize_after_drop: whether a token's surviving gates are rescaled to the sum that its gates had before;
-            ``one`` rescales to 1 (DeepSpeed).
+            ``one`` rescales to 1, with or without a limit (DeepSpeed).
     """
 
     factor: float | None = 1.25

@@ -91,6 +91,8 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
         place_N = place_in_bucket(bucket_of(routing.expert_N, valid_N, groups, num_experts), num_experts + 1, None)
         placed = Placed(routing.expert_N, place_N, valid_N, reason_N=torch.zeros_like(place_N))  # there are no drops
         capacity, gate_N = routing.capacity, torch.where(valid_N, routing.gate_N, 0)
+        if config.renormalize_after_drop == "one" and routing.pairs_per_token is not None:
+            gate_N = rescaled(gate_N, 1, routing)  # a model trained so is the same without a limit
     else:
         assert routing.pairs_per_token is not None, "a capacity limit needs a fixed number of pairs per token"
         limit_G = limit.of_counts(groups.tokens_G, routing.pairs_per_token, num_experts, ctx.step)
@@ -233,8 +235,6 @@ def count(index_N: Tensor, num_bins: int, valid_N: Tensor | None = None) -> Tens
 
 def surviving_gates(routing: Routing, placed: Placed, valid_N: Tensor, rescale: bool | str) -> Tensor:
     """Gates of the pairs that stay, else 0; ``rescale`` as `CapacityConfig.renormalize_after_drop`."""
-    top_k = routing.pairs_per_token
-    assert top_k is not None
     gate_N = routing.gate_N
     # A pair that was moved carries its new expert's score, by the same factor as before.
     asked_N = routing.score_TE[routing.token_N, routing.expert_N]
@@ -244,11 +244,18 @@ def surviving_gates(routing: Routing, placed: Placed, valid_N: Tensor, rescale: 
     gate_N = torch.where(placed.kept_N, gate_N, 0)
     if rescale is False:
         return gate_N
+    before_N = 1 if rescale == "one" else sum_by_token(torch.where(valid_N, routing.gate_N, 0), routing)
+    return rescaled(gate_N, before_N, routing)
 
-    def sum_by_token(value_N: Tensor) -> Tensor:
-        return value_N.view(-1, top_k).sum(1)[routing.token_N]
 
-    before_N = 1 if rescale == "one" else sum_by_token(torch.where(valid_N, routing.gate_N, 0))
-    after_N = sum_by_token(gate_N)
+def rescaled(gate_N: Tensor, sum_N: Tensor | int, routing: Routing) -> Tensor:
+    """The gates by a factor per token, so that those of a token sum to ``sum_N``."""
+    after_N = sum_by_token(gate_N, routing)
     # Where nothing survives there is nothing to rescale: the divisor is then 1, so that no 0 / 0 reaches the gradient.
-    return gate_N * (before_N / torch.where(after_N > 0, after_N, 1))
+    return gate_N * (sum_N / torch.where(after_N > 0, after_N, 1))
+
+
+def sum_by_token(value_N: Tensor, routing: Routing) -> Tensor:
+    """[N]: the sum over all pairs of each one's token."""
+    assert routing.pairs_per_token is not None, "a token's pairs stand together in token choice only"
+    return value_N.view(-1, routing.pairs_per_token).sum(1)[routing.token_N]

@@ -178,6 +178,17 @@ def test_survivors_sum_to_one(overflow):
     assert plan.gate_N[:2].tolist() == pytest.approx([0.625, 0.375])
 
 
+def test_survivors_sum_to_one_where_all_survive():
+    """What is trained so is measured so: dropless, and under a limit that nothing meets, are the same function."""
+    gates = torch.tensor([[0.5, 0.3], [0.4, 0.2], [0.3, 0.1]], dtype=torch.float64)
+    routing = routing_of([[0, 1], [0, 1], [0, 2]], 3, gates)
+    ctx = TokenContext.of_rows(1, 3, valid_T=torch.tensor([True, True, False]))
+    roomy = CapacityConfig(factor=10.0, renormalize_after_drop="one")
+    limited, free = (plan_capacity(routing, ctx, config) for config in (roomy, roomy.without_limit()))
+    assert torch.equal(free.gate_N, limited.gate_N)
+    assert free.gate_N.view(3, 2).sum(1).tolist() == pytest.approx([1, 1, 0])
+
+
 def test_policy_gate_follows_the_gates_and_not_the_scores():
     """Megatron: renormalised gates 0.9 of 0.45 beat 0.6 of 0.6."""
     probs = torch.tensor([[0.45, 0.05, 0.25, 0.25], [0.6, 0.3, 0.05, 0.05]], dtype=torch.float64)

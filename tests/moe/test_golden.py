@@ -35,17 +35,14 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "top1 cf=4 used_token masks 0 and 7": ("deepspeed_top1", {}, {"factor": 4.0}),
     "top1 cf=1 min_capacity=8": ("deepspeed_top1", {}, {"factor": 1.0, "min_capacity": 8}),
     **{f"top2 cf={factor} sampling=False": ("deepspeed_top2", {}, {"factor": factor}) for factor in (0.5, 1.0, 1.25)},
-    "top2 drop_tokens=False sampling=False": ("deepspeed_top2", {"renormalize": True}, {"factor": None}),
+    "top2 drop_tokens=False sampling=False": ("deepspeed_top2", {}, {"factor": None}),
     **{
         f"topk k={k} cf={factor} {name}": ("deepspeed_topk", {"top_k": k}, {"factor": factor, "drop_policy": policy})
         for k, factors in ((1, (0.5, 1.0)), (2, (0.5, 1.0)), (3, (0.5, 1.0)))
         for factor in factors
         for name, policy in (("probs", "probability"), ("position", "token"))
     },
-    **{
-        f"topk k={k} drop_tokens=False": ("deepspeed_topk", {"top_k": k, "renormalize": True}, {"factor": None})
-        for k in (1, 2, 3)
-    },
+    **{f"topk k={k} drop_tokens=False": ("deepspeed_topk", {"top_k": k}, {"factor": None}) for k in (1, 2, 3)},
 }
 
 
