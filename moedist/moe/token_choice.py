@@ -117,7 +117,7 @@ class TokenChoiceConfig(RouterConfig):
 
     Attributes:
         mode: ``top_k``, or ``dense``: every token runs through every expert.
-        top_k: experts per token (K).
+        top_k: experts per token (K); 0 is another way to say ``mode: dense``.
         score: what becomes of the logits: ``softmax`` over all experts, or for each expert alone ``sigmoid``
             (DeepSeek-V3) or ``sqrt_softplus`` (``sqrt(softplus(x))``).
         renormalize: whether a token's gates sum to 1. None: yes for K >= 2, no for K = 1, where a renormalised gate is
@@ -142,7 +142,9 @@ class TokenChoiceConfig(RouterConfig):
     selection_bias: Literal["allowed", "refused"] = "allowed"
 
     def __post_init__(self) -> None:
-        require(self.top_k >= 1, "top_k", self.top_k, "picks no expert", "Set it to 1 or more, or mode to dense.")
+        require(self.top_k >= 0, "top_k", self.top_k, "picks no expert", "Set it to 1 or more, or mode to dense.")
+        if self.top_k == 0:
+            object.__setattr__(self, "mode", "dense")
         require(self.noise_std >= 0, "noise_std", self.noise_std, "is negative", "Set it to 0 (none) or more.")
         require(self.scale > 0, "scale", self.scale, "is no factor on gates", "Set it above 0; 1 changes nothing.")
         require(0 <= self.input_jitter < 1, "input_jitter", self.input_jitter, "is no small share", "Set it in [0, 1).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -162,6 +163,15 @@ def test_dense_mode_runs_every_expert_with_its_probability():
     assert TopKConfig(mode="dense").experts_per_token(64) == 64
 
 
+def test_no_choices_are_another_way_to_say_dense():
+    logits_TE, ctx = random_logits(5, 4), TokenContext.of_rows(1, 5)
+    zero, dense = (route_logits(logits_TE, ctx, **config) for config in ({"top_k": 0}, {"mode": "dense"}))
+    assert torch.equal(zero.expert_N, dense.expert_N) and torch.equal(zero.gate_N, dense.gate_N)
+    config = TopKConfig(top_k=0)
+    assert (config.mode, config.experts_per_token(64)) == ("dense", 64)
+    assert dataclasses.replace(config, mode="top_k", top_k=3).experts_per_token(64) == 3
+
+
 @pytest.mark.pitfall("27")
 def test_jitter_touches_the_router_s_own_copy_only():
     """Pitfall 27: inputs, the experts' rows and evaluation are as without; the router's logits are not."""
@@ -230,7 +240,7 @@ def test_what_does_not_fit_the_experts(config, key, said):
         (lambda: GroupLimit(4, 5), "top_groups", "Set it to 1 to 4"),
         (lambda: TopKConfig(scale=0.0), "scale", "Set it above 0"),
         (lambda: TopKConfig(input_jitter=1.0), "input_jitter", r"Set it in \[0, 1\)"),
-        (lambda: TopKConfig(top_k=0), "top_k", "or mode to dense"),
+        (lambda: TopKConfig(top_k=-1), "top_k", "or mode to dense"),
     ],
 )
 def test_errors(make, key, said):
