@@ -14,6 +14,8 @@ from moedist.launch.evaluation import without_limits
 from moedist.launch.saved import decode_saved
 from moedist.launch.validate import validate
 from moedist.mesh import Mesh
+from moedist.train.build import build_model
+from moedist.train.run import greet
 from tests.train.tiny import make_trainer
 
 TINY = [
@@ -88,6 +90,31 @@ def test_the_file_that_ranks_read_holds_each_layer_whole():
     assert [spec.ffn.moe.capacity.factor for spec in again.config.model.layers.blocks] == [3.0, 1.25]
     free = compose_onto(without_limits(composed.mapping))
     assert all(spec.ffn.moe.capacity.dropless for spec in free.config.model.layers.blocks)
+
+
+@pytest.mark.parametrize(
+    ("run", "layer"), [("pooled", "{scope: sequence}"), ("pooled", "{layers: each}"), ("each", "{layers: pooled}")]
+)
+def test_a_loss_of_all_layers_is_the_same_in_all(run: str, layer: str, tmp_path: Path):
+    overrides = (f"moe.balance.switch.layers={run}", f"run.dir={tmp_path / 'run'}")
+    alike = listed("{}", "{capacity: {factor: 2.0}}", overrides=overrides)
+    validate(alike.config, alike.mapping, 1)
+    unlike = listed("{}", f"{{balance: {{switch: {layer}}}}}", overrides=overrides)
+    with pytest.raises(ConfigError) as caught:
+        validate(unlike.config, unlike.mapping, 1)
+    (error,) = getattr(caught.value, "errors", [caught.value])
+    assert error.key == "model.layers.blocks.1.ffn.moe.balance.switch" and "in the run's" in error.remedy
+
+
+def test_the_start_of_a_run_says_which_limits_are_not_causal():
+    """Those of all layers, each kind once; the run's own may be no layer's."""
+    limits = ("{}", "{capacity: {factor: 1.0, drop_policy: random}}", "{capacity: {factor: 2.0, drop_policy: random}}")
+    config = listed(*limits, overrides=("moe.capacity.factor=null",)).config
+    source, lines = config.data.open(), []
+    log = type("Log", (), {"say": staticmethod(lines.append)})()
+    greet(log, config, source, build_model(config, source.vocab_size, Mesh.alone()), Mesh.alone(), None)
+    (line,) = (line for line in lines if "evict" in line)
+    assert line.startswith("note   drop_policy random in groups of a rank: ")
 
 
 @pytest.mark.parametrize(

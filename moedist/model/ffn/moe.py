@@ -41,7 +41,7 @@ class MoEFFNConfig(FFNConfig):
         )
 
     def check_beside(self, moe: MoEConfig) -> None:
-        """All layers of a model have equally many experts."""
+        """All layers of a model have equally many experts, and a loss that is taken over all of them alike."""
         own = self.moe or moe
         require(
             own.num_experts == moe.num_experts,
@@ -50,6 +50,15 @@ class MoEFFNConfig(FFNConfig):
             f"is not the {moe.num_experts} of the run's layer, and loads of all layers are one table",
             "Set moe.num_experts and the layer's own to the same number, or leave the layer's out.",
         )
+        for name in dict.fromkeys([*own.balance, *moe.balance]):
+            pair = own.balance.get(name), moe.balance.get(name)
+            require(
+                pair[0] == pair[1] or not any(balance is not None and balance.of_all_layers for balance in pair),
+                f"moe.balance.{name}",
+                name,
+                "is one loss of all layers together, and this layer has it unlike the run's",
+                f"Set it in the run's moe.balance.{name} alone, or its layers to each.",
+            )
 
     def check_spread(self, ep: int) -> None:
         """The run's own layer is checked by the run."""

@@ -74,6 +74,11 @@ class BalanceBias(nn.Module):
 class BalanceConfig(Choice, path="moe.balance"):
     """One way to balance."""
 
+    @property
+    def of_all_layers(self) -> bool:
+        """Whether it is taken over all MoE layers of a model together, which then have it alike."""
+        return False
+
     def check(self, router: Router) -> None:
         """Raises `ConfigError` where it cannot work with the layer's router (which may be on the meta device)."""
 

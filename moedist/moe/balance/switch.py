@@ -34,6 +34,11 @@ class SwitchConfig(ScopedLossConfig):
     count: Literal["all", "first"] = "all"
     layers: Literal["each", "pooled"] = "each"
 
+    @property
+    def of_all_layers(self) -> bool:
+        """See ``layers``."""
+        return self.layers == "pooled"
+
     def check(self, router: Router) -> None:
         """First choices are tokens'."""
         require(
