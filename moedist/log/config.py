@@ -31,6 +31,11 @@ class TraceConfig(Config):
         require(min(self.steps, default=1) >= 1, "steps", list(self.steps), "names no step", "The first step is 1.")
         require(self.every is None or self.every >= 1, "every", self.every, "is no number of steps", "Set 1 or more.")
 
+    @property
+    def on(self) -> bool:
+        """Whether any step is recorded."""
+        return bool(self.steps) or self.every is not None
+
     def wants(self, step: int) -> bool:
         """Whether the routing of ``step`` is recorded."""
         return step in self.steps or (self.every is not None and step % self.every == 0)

@@ -38,15 +38,12 @@ KEPT = frozenset(
 activations, weighting and copies of rows are computed again: little arithmetic, no waiting for other ranks."""
 
 
-def recompute_in_backward(
-    model: nn.Module, what: Recompute, targets: tuple[type[nn.Module], ...] = (Attention, Bank)
-) -> None:
-    """Keeps the inputs of every module of the given types and computes the rest again in backward; in place.
+def recompute_in_backward(model: nn.Module, what: Recompute) -> None:
+    """Keeps the inputs of every attention and bank and computes the rest again in backward; in place.
 
     Args:
         model: of any kind; FSDP's units may lie in it or around it.
         what: ``full`` computes all of it again, exchanges included; ``selective`` keeps `KEPT`.
-        targets: attentions and banks.
     """
     contexts: dict[str, Any] = {}
     if what == "selective":

@@ -58,7 +58,7 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     if config.train.activation_checkpointing != "none":
         recompute_in_backward(model, config.train.activation_checkpointing)
     if config.train.compile == "blocks":
-        compile_parts(model)
+        compile_parts(model, whole_layers=not config.log.trace.on)
     return SpreadModel(model, gradients, size, flops_per_token)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from moedist.log.config import TraceConfig
+from moedist.mesh import Mesh
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.dispatch.padded import PaddedConfig
@@ -65,6 +67,22 @@ def test_graphs_are_whole_equal_and_made_once(ranks):
     for results in ranks(2).run(compiled, "eager", layouts, steps=5, limit_s=120):
         for gradient, loss, first, later in results:
             assert gradient == loss == 0 and first >= 3 and later == 0
+
+
+def test_routing_is_recorded_in_any_step():
+    """A graph of a whole layer made before the recorder listens would never tell it anything."""
+    config = changed(PADDED, log={"trace": TraceConfig(steps=(2,))})
+    assert config.log.trace.on and not CONFIG.log.trace.on
+    eager, trainer = (make_trainer(config, config.data.open(), Mesh.alone()) for _ in range(2))
+    compile_parts(trainer.model, "eager", whole_layers=not config.log.trace.on)
+    loaders = eager.loader(), trainer.loader()
+    for step in (1, 2, 3):
+        eager.step(loaders[0])
+        trainer.step(loaders[1])
+        expected, got = eager.recorder.take(step), trainer.recorder.take(step)
+        assert (got is None) == (expected is None) == (step != 2)
+        for block in got.layers if got is not None else ():
+            assert torch.equal(got.layers[block].computed_TK, expected.layers[block].computed_TK)
 
 
 @pytest.mark.slow
