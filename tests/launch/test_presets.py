@@ -232,7 +232,7 @@ def test_presets_and_single_keys_go_together():
     assert (grouped.router.groups.num_groups, grouped.router.groups.score) == (4, "top2_sum")
 
 
-@pytest.mark.parametrize("rule", ["bias", "quantile"])
+@pytest.mark.parametrize("rule", ["bias", pytest.param("quantile", marks=pytest.mark.slow)])
 def test_a_bias_is_refused_by_presets_of_softmax_routers(rule: str):
     """Their experts are those of the highest probability; who wants another selection says so."""
     for name, row in TABLE.items():

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -207,12 +207,14 @@ def test_gradients_of_every_router_and_policy_do_not_depend_on_ep(ranks):
     assert set(ranks(4).run(gradients_at_each_ep, limit_s=300)) == {len(ROUTERS_OF_THE_FIELD) * 5}
 
 
-def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
-    """Every case on this rank; the worst difference, pairs that were dropped and bytes that crossed ranks."""
+def all_cases_hold(here: Here, ep: int, sevenths: Sequence[int]) -> dict[str, Any]:
+    """A share of the cases on this rank; the worst difference, pairs that were dropped and bytes that crossed ranks."""
     mesh = here.mesh_of(ep)
     worst, dropped, sent, number = 0.0, 0, 0, 0
     reference_of: dict[Any, Any] = {}
-    for config, scene in cases():
+    for place, (config, scene) in enumerate(cases()):
+        if place % 7 not in sevenths:
+            continue
         number += 1
         key = (config.router, config.capacity)
         if key not in reference_of:
@@ -230,13 +232,24 @@ def all_cases_hold(here: Here, ep: int) -> dict[str, Any]:
     return {"worst": worst, "dropped": dropped, "sent": sent, "cases": number}
 
 
-@pytest.mark.parametrize(("world", "ep"), LAYOUTS)
-def test_ranks_equal_one_device(ranks, world, ep):
-    results = ranks(world).run(all_cases_hold, ep, limit_s=300)
+# Sevenths, because no option of `cases` comes round after seven: so a share has all values of each.
+WHOLE, SOME, OTHERS = range(7), (0, 2, 4), (1, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "sevenths"),
+    [
+        (4, 2, SOME),
+        (4, 4, OTHERS),
+        *(pytest.param(*layout, WHOLE, marks=pytest.mark.slow) for layout in ((2, 2), (4, 1), (4, 2), (4, 4))),
+    ],
+)
+def test_ranks_equal_one_device(ranks, world: int, ep: int, sevenths: Sequence[int]):
+    results = ranks(world).run(all_cases_hold, ep, sevenths, limit_s=300)
     for result in results:
-        assert result["cases"] == 3 * (2 * 4 * 3 + 1) * 4
+        assert result["cases"] == sum(place % 7 in sevenths for place in range(3 * (2 * 4 * 3 + 1) * 4))
         assert result["worst"] <= 1e-12
-        assert result["dropped"] > 3_000, "the suite must run with dropping on"
+        assert result["dropped"] > 10 * result["cases"], "the suite must run with dropping on"
         assert (result["sent"] > 0) == (ep > 1), "expert parallelism must move rows, and one rank must not"
 
 
