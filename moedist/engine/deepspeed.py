@@ -490,8 +490,6 @@ def fill_in(merged: Merged, groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> 
     if not merged.has_optimizer:
         settings.setdefault("zero_allow_untested_optimizer", True)  # the run's own is the user's choice
     peaks = [group.get("lr") for group in groups]
-    if not merged.has_optimizer:
-        settings.setdefault("zero_allow_untested_optimizer", True)  # it has a list of types; ours are ours to test
     if merged.has_optimizer:
         params = {key: value for key, value in settings["optimizer"]["params"].items() if value != AUTO}
         peaks = [params.get("lr") if peak is None else peak for peak in peaks]

@@ -14,6 +14,7 @@ from torch import nn
 from moedist.config import ConfigError
 from moedist.launch.folder import choose_folder, compare_configs, find_run
 from moedist.train.checkpoint import CheckpointError
+from moedist.train.checkpoint.errors import NewerFormatError
 from moedist.train.checkpoint.manifest import check_sizes, read_manifest
 from moedist.train.checkpoint.shards import read_index
 from moedist.train.checkpoint.state import check_state, flatten
@@ -58,7 +59,8 @@ def newest_usable(folder: Path) -> Path | None:
     """The checkpoint at ``folder``, or the newest of a run whose files have their sizes; None where there is none.
 
     Raises:
-        CheckpointError: there are some and none has.
+        CheckpointError: there are some and none has, or a newer version wrote the newest: a run that went on from the
+            one before would replace it.
     """
     places = [folder / "checkpoints", folder]
     found = [sorted(place.glob("step_*"), reverse=True) for place in places]
@@ -72,6 +74,8 @@ def newest_usable(folder: Path) -> Path | None:
     for path in steps:
         try:
             check_sizes(path)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
         else:

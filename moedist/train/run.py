@@ -27,7 +27,7 @@ from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.token_choice import group_notes
 from moedist.train.build import SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
-from moedist.train.config import RunConfig
+from moedist.train.config import RunConfig, TrainConfig
 from moedist.train.ending import DataChangedError, Ending
 from moedist.train.evaluate import evaluate
 from moedist.train.signals import StopRequest
@@ -222,6 +222,19 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
         log.say(f"note   {label} routing: the numbers of this run are not a trained model's")
     if found is not None:
         log.say(f"resume {found}")
+        if (note := batch_note(train, read_meta(found)["layout"]["world"], mesh.dp.size)) is not None:
+            log.say(f"note   {note}")
+
+
+def batch_note(train: TrainConfig, earlier_ranks: int, ranks: int) -> str | None:
+    """What a resume on another number of ranks changes where nothing says the global batch; None where it stays."""
+    if train.global_batch_tokens is not None or ranks == earlier_ranks:
+        return None
+    tokens, earlier_tokens = (number * train.micro_batch * train.sequence_length for number in (ranks, earlier_ranks))
+    return (
+        f"{tokens} tokens per step, and {earlier_tokens} on the {earlier_ranks} ranks that wrote the checkpoint; "
+        f"train.global_batch_tokens={earlier_tokens} with run.allow_changes=[train.global_batch_tokens] keeps the batch"
+    )
 
 
 def introduce_engine(log: RunLog, trainer: Trainer, run_dir: Path) -> None:

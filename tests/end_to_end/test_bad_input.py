@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,6 +17,7 @@ from moedist.launch.compose import compose
 from moedist.launch.folder import claim_folder
 from moedist.launch.saved import decode_saved, read_mapping
 from moedist.launch.validate import validate
+from moedist.train.checkpoint.manifest import Manifest
 from moedist.train.run import run_rank
 from tests.ranks import Here
 from tests.train.tiny import no_measuring
@@ -151,8 +152,9 @@ def damage(what: str) -> Callable[[Path], object]:
             return shard.unlink()
         if what == "truncated":
             return os.truncate(shard, 100)
-        body = json.loads(manifest.read_text())
-        return manifest.write_text(json.dumps({**body, "schema": 99}))
+        whole = Manifest.parse(manifest.read_text())
+        with mock.patch("moedist.train.checkpoint.manifest.SCHEMA", 99):
+            return manifest.write_text(whole.render())
 
     return apply
 
@@ -173,10 +175,14 @@ def test_a_bad_checkpoint_is_told_before_a_rank_starts(finished: Path, tmp_path:
     for resume in ([f"run.resume={newer}"], [f"run.resume={newer}", "train.steps=9"]):
         said = refused(capsys, *TINY_RUN, f"run.dir={tmp_path / 'branch'}", *resume)
         assert f"run.resume = '{newer}' cannot go on" in said and BAD[what] in said and "checkpoint verify" in said
-    goes_on(*TINY_RUN, f"run.dir={run}", "run.resume=auto")  # from the one before
-    damage(what)(older)
+    if what == "newer":  # a run that went on from the one before would replace it
+        said = refused(capsys, *TINY_RUN, f"run.dir={tmp_path / 'branch'}", f"run.resume={run}")
+        assert BAD[what] in said and str(newer) in said
+    else:
+        goes_on(*TINY_RUN, f"run.dir={run}", "run.resume=auto")  # from the one before
+        damage(what)(older)
     said = refused(capsys, *TINY_RUN, f"run.dir={run}", "run.resume=auto")
-    assert BAD[what] in said and str(older) in said and str(newer) in said
+    assert BAD[what] in said and str(newer) in said and (what == "newer" or str(older) in said)
     damaged = {str(step / name) for step in (older, newer) for name in ("__1_0.distcp", "manifest.json")}
     assert {key: value for key, value in hashes(run).items() if key not in damaged} == {
         key: value for key, value in before.items() if key not in damaged

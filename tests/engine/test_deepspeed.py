@@ -58,7 +58,7 @@ def case_of(accumulation: int, fancy: bool) -> Case:
     if fancy:  # a router with a 0-dim parameter among the rest
         config = changed(
             config,
-            train={"activation_checkpointing": True},
+            train={"activation_checkpointing": "full"},
             moe={
                 "router": CosineRouterConfig(top_k=2),
                 "dispatch": PaddedConfig(),

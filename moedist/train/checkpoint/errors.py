@@ -13,6 +13,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used: incomplete, damaged, hostile, or of another model. The live state is whole."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version has written: sound, and so neither to be passed over nor to be replaced."""
+
+
 class DiskError(CheckpointError):
     """A checkpoint that could not be written; those written before it are intact."""
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moedist.train.checkpoint.errors import CheckpointError
+from moedist.train.checkpoint.errors import CheckpointError, NewerFormatError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -70,20 +70,22 @@ class Manifest:
     def render(self) -> str:
         """The text of `manifest.json`."""
         body = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        digest = hashlib.sha256(_json(body).encode()).hexdigest()
-        return _json({**body, "sha256": digest}) + "\n"
+        return _json({**body, "sha256": _digest(body)}) + "\n"
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
         """The inverse of `render`.
 
         Raises:
+            NewerFormatError: a newer version rendered it.
             ValueError, KeyError, TypeError, AttributeError: the text is not one that `render` gave.
         """
         body = json.loads(text)
         if body["schema"] != SCHEMA:
-            newer = "; a newer moedist wrote it" if body["schema"] > SCHEMA else ""
-            raise ValueError(f"schema {body['schema']!r} is not {SCHEMA}, the one that this version reads{newer}")
+            problem = f"schema {body['schema']!r} is not {SCHEMA}, the one that this version reads"
+            if body["schema"] > SCHEMA and body.pop("sha256") == _digest(body):
+                raise NewerFormatError(f"{problem}; a newer moedist wrote it")
+            raise ValueError(problem)
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
         for name in files:
             if Path(name).name != name:  # a file elsewhere is not part of the checkpoint
@@ -92,6 +94,10 @@ class Manifest:
         if manifest.render() != text:
             raise ValueError("its own hash does not match")
         return manifest
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json(body).encode()).hexdigest()
 
 
 def _json(value: Any) -> str:
@@ -121,6 +127,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at ``path``, itself verified, the files it names not.
 
     Raises:
+        NewerFormatError: a newer version wrote it.
         CheckpointError: there is none (the checkpoint is incomplete), damaged, or of another step than its folder.
     """
     try:
@@ -130,6 +137,8 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {path} {problem}") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    except NewerFormatError as error:
+        raise NewerFormatError(f"checkpoint {path} cannot be read: in its manifest.json {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} has a damaged or foreign manifest.json: {error}") from None
     if step_of(path) not in (None, manifest.step):
