@@ -112,6 +112,9 @@ def test_six_tokens_with_one_and_two_choices():
             assert routing.expert_N.view(6, 2).tolist() == case["top2_idx"]
             assert routing.gate_N.tolist() == pytest.approx([w for row in weights for w in row], abs=1e-9)
             assert switch == pytest.approx(case["loss_top2_switch"], abs=1e-12)
+            assert top_k * switch == pytest.approx(case["loss_top2_hf_mixtral"], abs=1e-12), "theirs is K times ours"
+            first = SwitchConfig(count="first").build(4)(routing, plan, ctx).item()
+            assert first == pytest.approx(case["loss_top2_deepspeed_top2gating"], abs=1e-12)
         assert routing.probs_TE.mean(0).tolist() == pytest.approx(case["P"], abs=1e-9)
         z_loss = ZLossConfig().build(4)(routing, plan, ctx).item()
         assert z_loss == pytest.approx(case["z_loss"], abs=1e-12)
