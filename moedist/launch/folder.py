@@ -38,6 +38,7 @@ FREE_KEYS = (
     "train.eval_batches",
     "train.checkpoint_every",
     "train.activation_checkpointing",
+    "train.compile",
 )
 """What a resumed run may change without being asked: where it runs, how it is watched, and when it ends."""
 
