@@ -119,7 +119,7 @@ def check_gradients(ranks: Any, ep: int, case: Case) -> None:
 
 
 @pytest.mark.pitfall("1", "2", "3", "6")
-@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
+@pytest.mark.parametrize("ep", [*(pytest.param(ep, marks=pytest.mark.slow) for ep in (1, 2)), 4])
 def test_gradients_and_clip_are_those_of_one_device(ranks, ep: int):
     """Every stage, three micro-steps, with dropping, padding and noise."""
     check_gradients(ranks, ep, case_of(3, fancy=False))
@@ -318,6 +318,7 @@ def test_native_to_deepspeed(ranks, tmp_path: Path):
     check_resume(ranks, (4, 4, NATIVE), [(4, 2, ZERO[2]), (2, 2, ZERO[1])], tmp_path)
 
 
+@pytest.mark.slow
 def test_deepspeed_to_native_and_to_itself(ranks, tmp_path: Path):
     check_resume(ranks, (4, 2, ZERO[2]), [(4, 2, ZERO[2]), (4, 4, NATIVE), (1, 1, NATIVE)], tmp_path)
 

@@ -130,7 +130,7 @@ def test_first_values_have_xavier_spread_and_follow_the_seed():
 @pytest.mark.parametrize(
     ("config", "key", "said"),
     [
-        ({"top_k": 0}, "top_k", "Set it to 1 or more"),
+        ({"top_k": -1}, "top_k", "Set it to 1 or more"),
         ({"noise_std": -0.1}, "noise_std", "Set it to 0"),
         ({"top_k": 9}, "top_k", "Set moe.router.top_k to 8 or less"),
     ],

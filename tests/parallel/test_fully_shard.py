@@ -311,6 +311,7 @@ def offloaded(here: Here) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_offloading_changes_nothing(ranks):
     """On a CPU host and device are one, which leaves the way through FSDP's policy to test."""
     assert ranks(4).run(offloaded, limit_s=120) == [[0.0, 0.0]] * 4

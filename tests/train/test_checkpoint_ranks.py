@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moedist.mesh import Axis
+from moedist.mesh.collectives import barrier
 from moedist.mesh.slow import slow_axis
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, DiskError, NoRoomError, shards, verify
 from tests.ranks import Here, RankError
@@ -162,6 +163,7 @@ def fail_on_rank_1(here: Here, directory: Path) -> list[tuple[str, str]]:
         heard.append((type(caught.value).__name__, str(caught.value)))
         assert [entry.name for entry in sorted(directory.iterdir())] == ["latest", "step_00000001"] or here.rank > 0
         verify(directory / "step_00000001")
+        barrier(store.axis, torch.device("cpu"))  # rank 1 must not begin the next save while rank 0 looks
     original = shards.FileSeal.of
     if here.rank == 1:
         shards.FileSeal.of = None  # type: ignore

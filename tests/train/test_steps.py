@@ -159,7 +159,9 @@ def test_a_stop_and_a_resume_are_bitwise_equal(ranks, pair, tmp_path: Path, stop
     assert read_meta(tmp_path / last)["run_id"] == meta["run_id"]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp64", 1e-12), pytest.param("fp32", 1e-5, marks=pytest.mark.slow)]
+)
 def test_a_resume_at_other_layouts(ranks, whole, tmp_path: Path, precision: str, tolerance: float):
     """EP 4 -> 2 -> 1, then two ranks with twice the accumulation, which keeps the cut into capacity groups."""
     config = changed(CONFIG, train={"precision": precision, "global_batch_tokens": 128})
