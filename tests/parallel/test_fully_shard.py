@@ -234,7 +234,12 @@ def pass_on(here: Here, folder: Path) -> list[str]:
             store.load(folder / f"step_{step - 1:08d}", state)
             trainer.engine.restore(state, 2)
         found.append(digest(trainer.state()))
-        store.save(step, trainer.state(), {})
+        if step % 2:  # in the background, while the live weights change
+            saving = store.begin(step, trainer.state(), {})
+            run_steps(trainer, 1)
+            saving.wait(60.0)
+        else:
+            store.save(step, trainer.state(), {})
     return found
 
 
