@@ -40,6 +40,7 @@ def test_jobs_share_a_world(ranks, world: int) -> None:
     assert ranks(world).run(_axes, 1) == [(total, rank % 2, rank // 2, True) for rank in range(world)]
 
 
+@pytest.mark.slow
 def test_failures_are_readable_and_the_pool_recovers(ranks) -> None:
     pool = ranks(2)
     with pytest.raises(RankError, match=r"(?s)rank 1 of 2: Traceback.*_raise_on_one.*not like the others"):
