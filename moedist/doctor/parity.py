@@ -27,7 +27,7 @@ from moedist.train.ending import Ending
 from moedist.train.optimizer.contract import OptimizerConfig
 from moedist.train.run import make_watchdog
 from moedist.train.signals import StopRequest
-from moedist.train.trainer import Progress, Trainer
+from moedist.train.trainer import WATCHDOG_MARGIN_S, Progress, Trainer
 from moedist.train.watchdog import Watchdog
 
 RESULT = "parity.json"
@@ -118,13 +118,14 @@ class Difference:
 def check_rank(config: RunConfig, run_dir: Path, mesh: Mesh) -> int:
     """Called on every rank of the shrunk run; rank 0 then is the one device too, and writes `RESULT`. Returns the exit
     code."""
+    slow_s = config.mesh.save_timeout_s + WATCHDOG_MARGIN_S
     with make_watchdog(config, run_dir, mesh) as watchdog, Ending(run_dir, mesh) as end:
         begin = time.perf_counter()
-        watchdog.enter("data", 0, math.inf)
+        watchdog.enter("data", 0, slow_s)
         source = open_data(config.data)
         ours = take_step(config, source, mesh, watchdog, run_dir)
         if mesh.dp.rank == 0:
-            watchdog.enter("one device", 0, math.inf)
+            watchdog.enter("one device", 0, slow_s)
             theirs = take_step(
                 on_one_device(config, mesh.dp.size), source, Mesh.alone(mesh.device), watchdog, run_dir, mesh.dp.size
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moedist.config import ConfigErrors
+from moedist.doctor.parity import RESULT
 from moedist.doctor.shrink import VOCAB_SIZE, Layout, shrink, shrink_layout, with_synthetic_data
 from moedist.launch.compose import Composed, compose_onto
 from moedist.launch.saved import CONFIG, write_config
@@ -65,7 +66,7 @@ def plan_parity(composed: Composed) -> ParityPlan:
     wanted = plan_ranks(config.launch, config.mesh.device).world_size
     data = validate_elsewhere(config, mapping, wanted)
     device, limit = choose_ranks(config.mesh.device)
-    layout = shrink_layout(Layout(wanted, config.mesh.ep, getattr(config.mesh, "fsdp", None)), limit)
+    layout = shrink_layout(Layout(wanted, config.mesh.ep, config.mesh.fsdp), limit)
     accumulation = config.train.accumulation(wanted)
     for precision in ("fp64", "fp32"):
         small = shrink(mapping, layout, device=device, precision=precision, accumulation=accumulation)
@@ -106,7 +107,7 @@ def run_parity(plan: ParityPlan) -> ParityResult:
     write_config(run_dir / CONFIG, plan.composed.mapping)
     target = ["moedist.train", str(run_dir / CONFIG), "--parity"]
     status = run_ranks(plan.ranks, plan.composed.config.launch, run_dir, target, terminal=sys.stderr)
-    result = run_dir / "parity.json"
+    result = run_dir / RESULT
     if status.exit_code != 0 or not result.is_file():
         return ParityResult(status, run_dir, None)
     comparison: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

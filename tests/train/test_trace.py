@@ -122,6 +122,9 @@ def test_one_recorded_step_serves_a_benchmark_of_any_length(recorded):
     assert all(torch.equal(step["count"][:, 0], asked) for step in got)
     with pytest.raises(RuntimeError, match="was not recorded"):
         steps(Here(0, 1), 1, replaying(one))
+    longer = {"sequence_length": 2 * LENGTH, "global_batch_tokens": 8 * ROWS * LENGTH}
+    got = steps(Here(0, 1), 1, changed(replaying(one, cycle=True), train=longer))
+    assert all(torch.equal(step["count"][:, 0], 2 * asked) for step in got), "positions go round as rows do"
 
 
 def test_other_data_is_said(recorded):

@@ -33,7 +33,7 @@ class ReplayConfig(TopKConfig):
         trace: a run folder, its ``traces`` folder, or the folder of one recorded step.
         cycle: what becomes of rows that were not recorded: they take the experts of recorded rows in turn (the row of
             sample s those of recorded sample number ``s`` modulo their count), whatever tokens they hold, so that a
-            benchmark of any length runs on a few recorded steps. Without it the run ends at a row that was not
+            benchmark of any length runs on a few recorded steps; longer rows begin theirs anew. Without it the run ends at a row that was not
             recorded, or that held other tokens.
     """
 
@@ -122,11 +122,13 @@ class ReplayRouter(TopKRouter):
         num_rows, length, _ = self.expert_ASK.shape
         row_T = torch.searchsorted(self.sample_A, ctx.sample_T).clamp_max(num_rows - 1)
         known_T = self.sample_A[row_T] == ctx.sample_T
+        known_T &= ctx.position_T < length
         position_T = ctx.position_T.clamp_max(length - 1)
         if self.config.cycle:
             row_T, known_T = torch.where(known_T, row_T, ctx.sample_T % num_rows), torch.ones_like(known_T)
+            position_T = ctx.position_T % (self.expert_ASK[:, :, 0] >= 0).sum(1)[row_T]  # padding stands at the end
         expert_TK = self.expert_ASK[row_T, position_T].long()
-        found_T = known_T & (ctx.position_T < length) & (expert_TK[:, 0] >= 0)
+        found_T = known_T & (expert_TK[:, 0] >= 0)
         same_T = (self.id_AS[row_T, position_T] == ctx.id_T) | self.config.cycle
         # Asked on the device: a wait for the answer would not be the training that is to be measured.
         torch._assert_async(

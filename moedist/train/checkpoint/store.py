@@ -159,8 +159,8 @@ class CheckpointStore:
         try:
             write_shards(flat, folder, self.axis, publish, copies=copies, written=written)
         except CheckpointError:
-            if self.axis.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+            # Together: a rank that tried the same step again would write into a folder that rank 0 is still removing.
+            self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
             raise
         self._good.add(path)
         self._retain(path)
