@@ -33,8 +33,8 @@ class ReplayConfig(TopKConfig):
         trace: a run folder, its ``traces`` folder, or the folder of one recorded step.
         cycle: what becomes of rows that were not recorded: they take the experts of recorded rows in turn (the row of
             sample s those of recorded sample number ``s`` modulo their count), whatever tokens they hold, so that a
-            benchmark of any length runs on a few recorded steps; longer rows begin theirs anew. Without it the run ends at a row that was not
-            recorded, or that held other tokens.
+            benchmark of any length runs on a few recorded steps; longer rows begin theirs anew. Without it the run
+            ends at a row that was not recorded, or that held other tokens.
     """
 
     trace: str = dataclasses.field(kw_only=True)
