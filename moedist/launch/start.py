@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Literal
@@ -95,86 +95,149 @@ def run_ranks(
     second SIGINT, they are killed. No process of the launch is alive on return, and none outlives this process.
 
     Args:
-        ranks: how many.
-        launch: of the run.
-        run_dir: the run folder; the launcher's own words go to its ``logs/`` (`launcher_log`).
-        target: module and arguments of each rank.
-        lock: descriptor to hand to the launcher, so that the folder stays locked while ranks live.
-        terminal: where rank 0 speaks to people; None for this process's standard output.
+        ranks, launch, run_dir, target, lock, terminal: as of `Launch`.
 
     Raises:
         OSError: the log cannot be written.
     """
-    launch_id = uuid.uuid4().hex
-    environment = {
-        **os.environ,
-        LAUNCH_ID: launch_id,
-        "OMP_NUM_THREADS": str(ranks.threads),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    log_path = launcher_log(run_dir, ranks.nnodes)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    earlier = read_status(run_dir)
-    start = log_path.stat().st_size if log_path.exists() else 0
-    parent = os.getpid()
-    with _Signals() as signals, open(log_path, "ab") as log:
-        process = subprocess.Popen(
-            torchrun_command(ranks, launch, run_dir, target),
-            stdin=subprocess.DEVNULL,
-            stdout=terminal,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone
-            pass_fds=() if lock is None else (lock,),
-            preexec_fn=lambda: die_with_parent(parent),
-        )
-        try:
-            stop = _watch(process, launch_id, signals, launch.stop_after_s)
-        finally:
-            kill_launch(launch_id)
-            process.wait()
-    with open(log_path, encoding="utf-8", errors="replace") as lines:
-        lines.seek(start)
-        said = lines.read()
-    status = read_status(run_dir)
-    if status == earlier:  # of an earlier start: this one's ranks have said nothing
-        status = None
-    try:
-        return conclude(run_dir, process.returncode, said, stop, launch, status)
-    except OSError as error:
-        return _unwritten(run_dir, error)
+    with (
+        StopSignals() as signals,
+        Launch(ranks, launch, run_dir, target, lock=lock, terminal=terminal) as started,
+    ):
+        while (status := started.poll()) is None:
+            if signals.interrupts >= 2:
+                started.kill()
+            elif signals.count:
+                started.stop()
+            time.sleep(POLL_S)
+        return status
 
 
 Stop = Literal["none", "asked", "late", "at_once"]
 """How a launch was stopped from outside: not, politely, killed for being late, killed at a second Ctrl-C."""
 
 
-def _watch(process: subprocess.Popen[bytes], launch_id: str, signals: _Signals, patience_s: float) -> Stop:
-    """Returns when the launcher and all its ranks are gone, or must be killed."""
-    deadline = None
-    while True:
-        ended = process.poll() is not None
-        if ended and not launch_processes(launch_id):
-            return "asked" if signals.count else "none"
-        if signals.interrupts >= 2:
-            return "at_once"
-        if deadline is None and (signals.count or ended):  # an ended launcher's ranks get the same time to leave
-            deadline = time.monotonic() + patience_s
-            if not ended:
-                process.send_signal(signal.SIGTERM)
-        if deadline is not None and time.monotonic() > deadline:
-            return "late" if signals.count else "none"
-        time.sleep(POLL_S)
+class Launch:
+    """Ranks that have been started. Poll it until it says how they ended; left earlier, it kills them.
+
+    Args:
+        ranks: how many.
+        launch: of the run.
+        run_dir: the run folder; the launcher's own words go to its ``logs/`` (`launcher_log`).
+        target: module and arguments of each rank.
+        lock: descriptor to hand to the launcher, so that the folder stays locked while ranks live.
+        terminal: where rank 0 speaks to people; None for this process's standard output.
+        environment: variables beside those of this process.
+        cores: that the ranks may use; none for all of this process's.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        launch: LaunchConfig,
+        run_dir: Path,
+        target: Sequence[str],
+        *,
+        lock: int | None = None,
+        terminal: IO[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        cores: Collection[int] = (),
+    ) -> None:
+        self._launch, self._run_dir, self._id = launch, run_dir, uuid.uuid4().hex
+        self._stop: Stop = "none"
+        self._deadline: float | None = None
+        self._log = launcher_log(run_dir, ranks.nnodes)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._earlier = read_status(run_dir)
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        parent = os.getpid()
+
+        def become_ours() -> None:
+            die_with_parent(parent)
+            if cores:
+                os.sched_setaffinity(0, cores)
+
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                torchrun_command(ranks, launch, run_dir, target),
+                stdin=subprocess.DEVNULL,
+                stdout=terminal,
+                stderr=log,
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    LAUNCH_ID: self._id,
+                    "OMP_NUM_THREADS": str(ranks.threads),
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                },
+                start_new_session=True,  # a terminal's Ctrl-C reaches this process alone
+                pass_fds=() if lock is None else (lock,),
+                preexec_fn=become_ours,
+            )
+
+    def stop(self) -> None:
+        """Asks the ranks to save and leave; ``launch.stop_after_s`` later they are killed."""
+        if self._stop == "none":
+            self._stop = "asked"
+            self._start_to_wait()
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Lets the next `poll` end the ranks as they stand."""
+        self._stop = "at_once"
+
+    def poll(self) -> Status | None:
+        """How it ended; None while the launcher or one of its ranks lives and may."""
+        ended = self._process.poll() is not None
+        if ended and not launch_processes(self._id):
+            return self._end()
+        if ended:  # an ended launcher's ranks get the same time to leave
+            self._start_to_wait()
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if late and self._stop == "asked":
+            self._stop = "late"
+        return self._end() if late or self._stop == "at_once" else None
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        kill_launch(self._id)
+        self._process.wait()
+
+    def _start_to_wait(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._launch.stop_after_s
+
+    def _end(self) -> Status:
+        """Nothing of the launch lives on; what it left behind, in one status."""
+        kill_launch(self._id)
+        returncode = self._process.wait()
+        with open(self._log, encoding="utf-8", errors="replace") as lines:
+            lines.seek(self._log_start)
+            said = lines.read()
+        status = read_status(self._run_dir)
+        if status == self._earlier:  # of an earlier start: this one's ranks have said nothing
+            status = None
+        try:
+            return conclude(self._run_dir, returncode, said, self._stop, self._launch, status)
+        except OSError as error:
+            return _unwritten(self._run_dir, error)
 
 
-class _Signals:
+class StopSignals:
     """Counts the signals that ask for a stop, while it is entered. In the main thread only, as Python demands."""
 
     def __init__(self) -> None:
         self.count = self.interrupts = 0
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
