@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moedist.config import Config, require
@@ -161,8 +162,13 @@ def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device(name, local_rank) if name == "cuda" else torch.device("cpu")
 
 
-def join_mesh(config: MeshConfig) -> Mesh:
-    """Joins the process group described by torchrun's environment and lays out the mesh. Pair with `close_mesh`."""
+def join_mesh(config: MeshConfig, store: Store | None = None) -> Mesh:
+    """Joins the process group described by torchrun's environment and lays out the mesh. Pair with `close_mesh`.
+
+    Args:
+        config: the layout.
+        store: where the ranks find each other; None for the one that the environment names.
+    """
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     config.check_world(int(os.environ["WORLD_SIZE"]))
     device = choose_device(config.device, local_rank, local_size)
@@ -174,6 +180,9 @@ def join_mesh(config: MeshConfig) -> Mesh:
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
+            store=store,
+            rank=-1 if store is None else int(os.environ["RANK"]),
+            world_size=-1 if store is None else int(os.environ["WORLD_SIZE"]),
         )
     return grid(dist.get_world_size(), config.ep, device, timeout, fsdp=config.fsdp)
 

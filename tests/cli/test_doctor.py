@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from moedist.cli.main import main
+from moedist.doctor.finding import Finding, ok, problem, warning
 from moedist.launch.compose import compose
 from moedist.train.status import Status
 
@@ -55,6 +56,58 @@ def started(outcome: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("moedist.launch.parity.run_ranks", run_ranks)
     return calls
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Finding]]:
+    """What this machine and its ranks would be found to be; nothing is looked at or started."""
+    found = {"machine": [ok("disk", "much room")], "ranks": [ok("barrier", "1 ms")]}
+    monkeypatch.setattr("moedist.launch.examine.examine", lambda config, ranks: found["machine"])
+
+    def check_ranks(ranks, launch, mesh):
+        assert ranks.nproc == 3
+        return found["ranks"], {"hosts": ["n0"]} if found["ranks"] else None
+
+    monkeypatch.setattr("moedist.launch.rank_check.check_ranks", check_ranks)
+    return found
+
+
+NPROC = ["--nproc", "3", "mesh.ep=1"]
+
+
+def test_the_machine_and_its_ranks(environment: dict, capsys: Output):
+    assert main(["doctor", *NPROC]) == 0
+    said = capsys.readouterr().out
+    assert said == (
+        "ok       disk                much room\nok       barrier             1 ms\n\nproblem 0, warning 0, ok 2\n"
+    )
+    assert main(["doctor", "ranks", *NPROC]) == 0 and "disk" not in capsys.readouterr().out
+    assert main(["doctor", "machine", *NPROC]) == 0 and "barrier" not in capsys.readouterr().out
+
+
+def test_exit_codes_of_an_environment(environment: dict, capsys: Output):
+    environment["machine"] = [warning("disk", "little room", "Make room.")]
+    assert main(["doctor", *NPROC]) == 0
+    assert "\nwarning  disk                little room\n   " in "\n" + capsys.readouterr().out
+    environment["machine"] = [problem("disk", "no room", "Make room.")]
+    assert main(["doctor", "machine", "--json", *NPROC]) == 4
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == 4 and told["measured"] is None
+    assert told["findings"] == [{"check": "disk", "level": "problem", "text": "no room", "remedy": "Make room."}]
+    environment["machine"] = [ok("disk", "much room")]
+    environment["ranks"] = [problem("all-reduce", "wrong values arrived at rank 1 (n0)", "Take it out.")]
+    assert main(["doctor", *NPROC]) == 4
+    environment["ranks"] = []
+    assert main(["doctor", *NPROC]) == 5, "no measurement: ranks failed"
+    assert main(["doctor", "launch.nnodes=2", *NPROC]) == 2
+    assert "says no meeting point for 2 nodes" in capsys.readouterr().err
+
+
+def test_a_real_machine_is_examined(tmp_path: Path, capsys: Output):
+    assert main(["doctor", "machine", "--json", f"run.dir={tmp_path}/run", "log/sink=[console]", *QUICK]) == 0
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["disk"]["text"].startswith(f"{tmp_path}: ") and not list(tmp_path.iterdir())
+    assert found["devices"]["text"].startswith("the CPU") and found["wandb"]["text"] == "not among log.sinks"
 
 
 def test_what_is_equal(started: list, capsys: Output):
