@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moedist.config import ConfigError
+from moedist.config import ConfigError, require
 
 if TYPE_CHECKING:
     from moedist.launch.compose import Composed
@@ -30,6 +30,9 @@ examples:
 
   # go on after a preemption or a crash
   moedist train run.dir=runs/first run.resume=auto
+
+  # a sweep: six runs, a folder for each below runs/capacity, a table at the end; the same command goes on with it
+  moedist train -m run.dir=runs/capacity run.resume=auto moe.capacity.factor=1.0,1.25,2.0 moe/router=topk,noisy
 
   # what would run, for a script; what ranks of a cluster would hold, on a laptop
   moedist train --dry-run --json mesh.ep=4
@@ -56,22 +59,24 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
         help="check everything, build some of the ranks without starting them, say what they hold, and stop",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; the rest on the other")
-    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--multirun", "-m", action="store_true", help="a sweep: one run for each combination of values (key=a,b,c)"
+    )
     return parser
 
 
 def refuse_multirun(overrides: list[str]) -> ConfigError:
-    """The error for ``-m``: what to do instead."""
-    command = shlex.join(["moedist", "train", *overrides])
+    """The error for ``-m`` below torchrun: what to do instead."""
+    command = shlex.join(["moedist", "train", "-m", *overrides])
     return ConfigError(
-        "--multirun", True, "is not offered: one command makes one run", f"Run once for each value: {command}"
+        "--multirun", True, "needs a process that starts the ranks of each job", f"Run it without torchrun: {command}"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
     if args.multirun:
-        raise refuse_multirun(args.overrides)
+        return sweep(args)
     from moedist.launch.compose import compose, compose_yaml
 
     if args.cfg:
@@ -109,6 +114,26 @@ def main(args: argparse.Namespace) -> int:
             claim.release()
     report(status, run_dir, ranks.nnodes, as_json=args.json, command="train")
     return status.exit_code
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Runs a sweep; returns its exit code."""
+    from moedist.launch.sweep.sweep import run_sweep
+
+    for flag in ("cfg", "dry_run"):
+        require(
+            not getattr(args, flag),
+            f"--{flag.replace('_', '-')}",
+            getattr(args, flag),
+            "shows one run, and -m makes many",
+            "Leave -m out, and give each key one value.",
+        )
+    terminal = sys.stderr if args.json else sys.stdout
+    record = run_sweep(args.overrides, say=lambda line: print(f"moedist train: {line}", file=terminal, flush=True))
+    print("", *record.table(), f"record: {record.path}", sep="\n", file=terminal)
+    if args.json:
+        print(json.dumps(record.as_mapping()))
+    return record.exit_code
 
 
 def shared_folder(folder: str | None) -> Path:

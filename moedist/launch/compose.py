@@ -7,6 +7,7 @@ are checked afterwards (moedist.launch.decode).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -105,7 +106,7 @@ def compose_onto(saved: Mapping[str, Any], overrides: Sequence[str] = ()) -> Com
     Raises:
         ConfigErrors: everything that is wrong with the overrides or with the values.
     """
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
     plugins = list(dict.fromkeys([*saved.get("plugins", ()), *_plugins(parsed)]))
     check_plugins(plugins)
     groups = {group.name: group.key for group in find_groups(plugins=plugins)}
@@ -190,7 +191,22 @@ def compose_yaml(overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigErrors: keys or choices that do not exist, each with the nearest one that does.
     """
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
+    with open_conf(parsed) as fixed:
+        try:
+            return hydra.compose(ROOT, overrides=fixed)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            _check_names(parsed, fixed)
+            raise ConfigErrors([hydra_error(error)]) from error
+
+
+@contextlib.contextmanager
+def open_conf(parsed: Sequence[Override]) -> Iterator[list[str]]:
+    """Hydra at ``conf/``, with every default registered and the plug-ins' folders found.
+
+    Yields:
+        the overrides as Hydra wants them, with what plug-ins add.
+    """
     plugins = _plugins(parsed)
     if plugins and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the ranks, started with `python -m`, find modules too
@@ -205,11 +221,7 @@ def compose_yaml(overrides: Sequence[str] = ()) -> DictConfig:
         fixed.append(f"plugins=[{','.join(plugins)}]")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_folder()), job_name="moedist", version_base="1.3"):
-        try:
-            return hydra.compose(ROOT, overrides=fixed)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            _check_names(parsed, fixed)
-            raise ConfigErrors([_hydra_error(error)]) from error
+        yield fixed
 
 
 def find_groups(config_class: type[Config] = RunConfig, key: str = "", plugins: Sequence[str] = ()) -> Iterator[Group]:
@@ -280,8 +292,11 @@ def _as_group(annotation: Any, place: str) -> Group | None:
     return None
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str], *, several: bool = False) -> list[Override]:
     """The overrides in Hydra's grammar.
+
+    Args:
+        several: whether one may name several values, as in a sweep.
 
     Raises:
         ConfigErrors: those that are none.
@@ -295,13 +310,13 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             problem = f"cannot be read ({str(error).splitlines()[0]})"
             errors.append(ConfigError(key, value, problem, "Write key=value, and odd text as 'key=\"odd text\"'."))
             continue
-        if override.is_sweep_override():
+        if override.is_sweep_override() and not several:
             errors.append(
                 ConfigError(
                     override.key_or_group,
                     text.partition("=")[2],
                     "names several values, and this command makes one run",
-                    "Give one value, or run the command once for each; a list is written [a,b].",
+                    "Give one value, or add -m for a sweep with a run for each; a list is written [a,b].",
                 )
             )
         parsed.append(override)
@@ -385,7 +400,7 @@ def _unknown_key(composed: DictConfig, override: Override) -> ConfigError | None
     return None
 
 
-def _hydra_error(error: Exception) -> ConfigError:
+def hydra_error(error: Exception) -> ConfigError:
     """What Hydra refused, in one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     problem = (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -139,9 +139,9 @@ def claim_folder(config: RunFolder, mapping: Mapping[str, Any]) -> RunClaim:
     """
     path = choose_folder(config)
     try:
-        claim = _lock_folder(path, fresh=config.dir is None)
+        claim = lock_folder(path, fresh=config.dir is None)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     path = claim.path
     try:
         _check_contents(path, config)
@@ -158,7 +158,7 @@ def claim_folder(config: RunFolder, mapping: Mapping[str, Any]) -> RunClaim:
         write_config(saved, mapping)
     except OSError as error:
         claim.release()
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     except ConfigError:
         claim.release()
         raise
@@ -225,7 +225,7 @@ def _check_contents(path: Path, config: RunFolder) -> None:
         if "logs" in names and all(log.name.startswith("launcher") for log in (path / "logs").iterdir()):
             names.remove("logs")  # launchers of several nodes write before rank 0 makes the run
     except OSError as error:
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     if not names:
         return
     if CONFIG not in names:
@@ -241,7 +241,7 @@ def _check_contents(path: Path, config: RunFolder) -> None:
         )
 
 
-def _lock_folder(path: Path, *, fresh: bool) -> RunClaim:
+def lock_folder(path: Path, *, fresh: bool) -> RunClaim:
     """Makes the folder where it is missing and locks it; a ``fresh`` one gets another name until it is new."""
     wanted, attempt = path, 1
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,8 @@ def _lock_folder(path: Path, *, fresh: bool) -> RunClaim:
     return RunClaim(path, lock)
 
 
-def _refused(path: Path, error: OSError) -> FolderError:
+def refused(path: Path, error: OSError) -> FolderError:
+    """What a user sees of a folder that the environment refuses."""
     return FolderError(
         "run.dir",
         str(path),

@@ -201,14 +201,18 @@ class Launch:
             self._stop = "late"
         return self._end() if late or self._stop == "at_once" else None
 
+    def close(self) -> None:
+        """Kills what is left of it; harmless when done twice."""
+        kill_launch(self._id)
+        self._process.wait()
+
     def __enter__(self) -> Launch:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kill_launch(self._id)
-        self._process.wait()
+        self.close()
 
     def _start_to_wait(self) -> None:
         if self._deadline is None:

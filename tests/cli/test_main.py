@@ -89,9 +89,9 @@ def test_errors_go_to_people_and_to_scripts(capsys: Output):
     assert set(told["errors"][0]) == {"key", "value", "problem", "remedy"}
 
 
-def test_multirun_is_refused(capsys: Output):
-    assert main(["train", "-m", "seed=1"]) == 2
-    assert "Run once for each value: moedist train seed=1" in capsys.readouterr().err
+def test_several_values_need_a_sweep(capsys: Output):
+    assert main(["train", "seed=1,2"]) == 2
+    assert "add -m for a sweep with a run for each" in capsys.readouterr().err
 
 
 def test_dry_run_makes_nothing(tmp_path: Path, started: list, capsys: Output):

@@ -77,7 +77,7 @@ def test_multirun_is_refused_with_the_command_to_use(
     monkeypatch.setattr("moedist.launch.process.die_with_parent", lambda: None)
     assert program.main([flag, "seed=1"]) == 2
     said = capfd.readouterr().err
-    assert said.count("moedist train seed=1") == (rank == 0)
+    assert said.count("moedist train -m seed=1") == (rank == 0)
 
 
 def test_without_torchrun_it_is_the_train_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
