@@ -227,16 +227,17 @@ def compare(got: Result, expected: Result, tolerance: float = 1e-12) -> float:
 
 
 @contextlib.contextmanager
-def counted_bytes() -> Iterator[list[int]]:
-    """Bytes that this rank sends to other ranks by all-to-all, call by call."""
+def counted_bytes(ranks_per_node: int = 1) -> Iterator[list[int]]:
+    """Bytes that this rank sends to other ranks, or to those of other nodes, by all-to-all, call by call."""
     sent: list[int] = []
     real = dist.all_to_all_single
 
     def counting(output: Tensor, source: Tensor, receive: Any = None, send: Any = None, group: Any = None) -> Any:
-        size, place = dist.get_world_size(group), dist.get_rank(group)
+        size, node = dist.get_world_size(group), dist.get_rank() // ranks_per_node
+        nodes = [rank // ranks_per_node for rank in dist.get_process_group_ranks(group)]
         rows = send if send is not None else [source.shape[0] // size] * size
         row_bytes = source[:1].numel() * source.element_size() if source.shape[0] else 0
-        sent.append(sum(count for other, count in enumerate(rows) if other != place) * row_bytes)
+        sent.append(sum(count for other, count in zip(nodes, rows, strict=True) if other != node) * row_bytes)
         return real(output, source, receive, send, group=group)
 
     with mock.patch.object(dist, "all_to_all_single", counting):

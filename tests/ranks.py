@@ -52,13 +52,13 @@ class Here:
     world: int
 
     @functools.cache  # noqa: B019 - lives as long as its process
-    def mesh_of(self, ep: int, fsdp: int | None = None) -> Any:
+    def mesh_of(self, ep: int, fsdp: int | None = None, ranks_per_node: int | None = None) -> Any:
         """The mesh of these sizes on the CPU. Cached: sub-groups cost time. Call it on all ranks alike."""
         import torch
 
         from moedist.mesh.mesh import grid
 
-        return grid(self.world, ep, torch.device("cpu"), fsdp=fsdp)
+        return grid(self.world, ep, torch.device("cpu"), fsdp=fsdp, ranks_per_node=ranks_per_node)
 
     __hash__ = object.__hash__
 

@@ -45,22 +45,32 @@ class Layout:
     world_size: int
     ep: int
     fsdp: int | None
+    ranks_per_node: int | None = None
 
 
 def shrink_layout(layout: Layout, limit: int) -> Layout:
-    """At most ``limit`` ranks: as many expert-parallel ones as fit, then two groups of them where the run has several.
+    """At most ``limit`` ranks: as many expert-parallel ones as fit, then two groups of them where the run has several;
+    and groups of them on two nodes, or one on each, where the run has groups on several.
 
     Args:
         layout: the run's.
         limit: ranks that the machine can run.
 
-    >>> shrink_layout(Layout(1024, 64, None), 4), shrink_layout(Layout(8, 2, 8), 4)
-    (Layout(world_size=4, ep=4, fsdp=None), Layout(world_size=4, ep=2, fsdp=4))
+    >>> shrink_layout(Layout(1024, 64, None, ranks_per_node=8), 4)
+    Layout(world_size=4, ep=4, fsdp=None, ranks_per_node=2)
+    >>> shrink_layout(Layout(8, 2, 8), 4)
+    Layout(world_size=4, ep=2, fsdp=4, ranks_per_node=None)
     """
     ep = max(size for size in range(1, min(layout.ep, limit) + 1) if layout.ep % size == 0)
     world_size = min(layout.world_size // layout.ep, 2, limit // ep) * ep
     whole = layout.fsdp is None or layout.fsdp == layout.world_size
-    return Layout(world_size, ep, None if layout.fsdp is None else world_size if whole else ep)
+    spans_nodes = layout.ranks_per_node is not None and layout.ranks_per_node < layout.ep
+    return Layout(
+        world_size,
+        ep,
+        fsdp=None if layout.fsdp is None else world_size if whole else ep,
+        ranks_per_node=(ep // 2 if ep % 2 == 0 else 1) if spans_nodes else None,
+    )
 
 
 def shrink(mapping: Mapping[str, Any], layout: Layout, *, device: str, precision: str, accumulation: int) -> Small:
@@ -87,6 +97,7 @@ def shrink(mapping: Mapping[str, Any], layout: Layout, *, device: str, precision
     small["mesh"] |= {"ep": layout.ep, "device": device}
     if "fsdp" in small["mesh"]:
         small["mesh"]["fsdp"] = layout.fsdp
+    small["mesh"]["ranks_per_node"] = layout.ranks_per_node
     small["launch"] |= {"nproc": layout.world_size, "nnodes": 1, "rendezvous": None, "max_restarts": 0}
     return Small(small, tuple(_differences({key: mapping[key] for key in told}, {key: small[key] for key in told})))
 

@@ -30,22 +30,28 @@ def follow_nodes(composed: Composed, ranks_per_node: int) -> Composed:
     The number is that of the run which is resumed, where there is one, else how many nodes an expert-parallel group
     spans. Other configurations come back as they are.
 
+    Args:
+        composed: the configuration.
+        ranks_per_node: ranks that are started on each node, where ``mesh.ranks_per_node`` says nothing else.
+
     Raises:
         ConfigError: an expert-parallel group begins or ends inside a node, or the number does not fit the experts.
     """
     places = list(find_open(composed.config))
     if not places:
         return composed
+    mesh = composed.config.mesh
+    ranks_per_node = mesh.ranks_per_node or ranks_per_node
     earlier = _earlier_mapping(composed.config.run)
     mapping = copy.deepcopy(composed.mapping)
     for place in places:
         number = _value_at(earlier, (*place, "num_groups"))
         if not isinstance(number, int):
-            number = nodes_per_ep_group(composed.config.mesh.ep, ranks_per_node)
+            number = nodes_per_ep_group(mesh.ep, ranks_per_node)
         if number is None:
             raise ConfigError(
                 "mesh.ep",
-                composed.config.mesh.ep,
+                mesh.ep,
                 f"lets an expert-parallel group begin or end inside a node of {ranks_per_node} ranks, so groups of "
                 "experts cannot follow nodes",
                 f"Set mesh.ep to a divisor or a multiple of {ranks_per_node}, or {'.'.join(map(str, place))} to a "

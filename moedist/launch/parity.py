@@ -66,7 +66,8 @@ def plan_parity(composed: Composed) -> ParityPlan:
     wanted = plan_ranks(config.launch, config.mesh.device).world_size
     data = validate_elsewhere(config, mapping, wanted)
     device, limit = choose_ranks(config.mesh.device)
-    layout = shrink_layout(Layout(wanted, config.mesh.ep, config.mesh.fsdp), limit)
+    nodes = config.ranks_per_node(wanted)
+    layout = shrink_layout(Layout(wanted, config.mesh.ep, config.mesh.fsdp, nodes), limit)
     accumulation = config.train.accumulation(wanted)
     for precision in ("fp64", "fp32"):
         small = shrink(mapping, layout, device=device, precision=precision, accumulation=accumulation)

@@ -106,8 +106,9 @@ def _check_parts(config: RunConfig, mapping: Mapping[str, Any], world_size: int)
     """What is wrong beside the data, and what depends on it."""
     errors = check_folder(config.run, mapping)
     errors += _check("mesh", config.mesh.check_world, world_size)
-    errors += _check("moe", config.moe.check_spread, config.mesh.ep)
-    errors += _check("model", config.model.check_spread, config.mesh.ep)
+    layout = config.mesh.ep, config.ranks_per_node(world_size)
+    errors += _check("moe", config.moe.check_spread, *layout)
+    errors += _check("model", config.model.check_spread, *layout)
     step, step_errors = _optimizer_step(config, world_size)
     errors += step_errors
     if step is not None:
@@ -155,7 +156,7 @@ def validate_evaluation(config: RunConfig, mapping: Mapping[str, Any], world_siz
     """
     errors = check_folder(config.run, mapping)
     errors += _check("mesh", config.mesh.check_world, world_size)
-    errors += _check("moe", config.moe.check_spread, config.mesh.ep)
+    errors += _check("moe", config.moe.check_spread, config.mesh.ep, config.ranks_per_node(world_size))
     errors += _check("", _check_held_out, config)
     if errors:
         raise ConfigErrors(errors)

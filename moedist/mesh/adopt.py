@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -9,7 +11,7 @@ from moedist.config import require
 from moedist.mesh.mesh import Mesh, MeshConfig, grid
 
 
-def adopt_mesh(ep: int, device: torch.device | str) -> Mesh:
+def adopt_mesh(ep: int, device: torch.device | str, *, ranks_per_node: int | None = None) -> Mesh:
     """Lays out the ranks of the caller's own process group; collective, called by every rank once.
 
     The groups that it makes wait as long as the caller's does. They end with it: `torch.distributed`'s
@@ -18,11 +20,13 @@ def adopt_mesh(ep: int, device: torch.device | str) -> Mesh:
     Args:
         ep: expert-parallel size, a divisor of the number of ranks: 1 puts all experts on every rank.
         device: where this rank computes: ``cpu``, or its own CUDA device.
+        ranks_per_node: ranks that share a node, numbered node by node; None: as many as torchrun says
+            (``LOCAL_WORLD_SIZE``), or all.
 
     Raises:
-        ConfigError: there is no process group, or ``ep`` ranks do not divide it.
+        ConfigError: there is no process group, or ``ep`` or ``ranks_per_node`` do not divide its ranks.
     """
-    config = MeshConfig(ep=ep)
+    config = MeshConfig(ep=ep, ranks_per_node=ranks_per_node)
     require(
         dist.is_available() and dist.is_initialized(),
         "mesh.ep",
@@ -33,4 +37,6 @@ def adopt_mesh(ep: int, device: torch.device | str) -> Mesh:
     config.check_world(dist.get_world_size())
     device = torch.device(device)
     timeout = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
-    return grid(dist.get_world_size(), ep, device, timeout)
+    world_size = dist.get_world_size()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return grid(world_size, ep, device, timeout, ranks_per_node=ranks_per_node or local_size)

@@ -26,7 +26,7 @@ def fake_mesh(config: MeshConfig, rank: int, world_size: int) -> Iterator[Mesh]:
     assert not dist.is_initialized(), "a process that is a rank cannot be another one"
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        mesh = grid(world_size, config.ep, torch.device("cpu"), fsdp=config.fsdp)
+        mesh = grid(world_size, config.ep, torch.device("cpu"), fsdp=config.fsdp, ranks_per_node=config.ranks_per_node)
         yield dataclasses.replace(mesh, device=torch.device("meta"))
     finally:
         close_mesh()

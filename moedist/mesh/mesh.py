@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moedist.config import Config, require
 from moedist.mesh.axis import Axis
+from moedist.mesh.nodes import lay_on_nodes, one_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class MeshConfig(Config):
         fsdp: None: every rank holds all dense weights. n: weights, gradients and optimizer state are cut over n ranks
             (dense ones over the n, an expert's over the ``n / ep`` of them that hold it), and the ``world / n`` groups
             of n ranks are replicas of each other. 1 cuts nothing, but runs the same code.
+        ranks_per_node: ranks that share a node and its fast links, numbered node by node; None: as many as were started
+            on each (``launch.nproc``). A smaller number than that treats parts of a machine as nodes.
         device: ``cpu`` (gloo), ``cuda`` (NCCL) or ``auto``: CUDA where there is a device for every local rank.
         timeout_s: seconds that a collective may wait for a missing rank before the run ends.
         save_timeout_s: the same while a checkpoint is written or read.
@@ -32,6 +35,7 @@ class MeshConfig(Config):
 
     ep: int = 1
     fsdp: int | None = None
+    ranks_per_node: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: float = 120.0
     save_timeout_s: float = 900.0
@@ -44,6 +48,13 @@ class MeshConfig(Config):
             self.fsdp,
             f"is no multiple of mesh.ep = {self.ep}: an expert's weights are cut over the fsdp / ep ranks that hold it",
             f"Set mesh.fsdp to {self.ep} or a multiple of it, or to null for whole dense weights on every rank.",
+        )
+        require(
+            self.ranks_per_node is None or self.ranks_per_node >= 1,
+            "ranks_per_node",
+            self.ranks_per_node,
+            "is not a number of ranks",
+            "Set it to 1 or more, or to null for as many as are started on a node.",
         )
         for key in ("timeout_s", "save_timeout_s"):
             value = getattr(self, key)
@@ -66,6 +77,14 @@ class MeshConfig(Config):
             self.fsdp,
             f"does not divide the {world_size} ranks launched",
             f"Set mesh.fsdp to {one_of(sizes)} or to null, or launch a multiple of {self.fsdp} ranks.",
+        )
+        sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        require(
+            self.ranks_per_node is None or world_size % self.ranks_per_node == 0,
+            "ranks_per_node",
+            self.ranks_per_node,
+            f"does not divide the {world_size} ranks launched",
+            f"Set mesh.ranks_per_node to {one_of(sizes)}, or to null for as many as are started on a node.",
         )
 
 
@@ -127,24 +146,33 @@ class Mesh:
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> Mesh:
         """One process without a process group."""
-        return cls(torch.device(device), Axis("dp"), Axis("ep"), Axis("edp"))
+        return cls(torch.device(device), Axis("dp"), Axis("ep", nodes=one_node(Axis("ep"))), Axis("edp"))
 
     @classmethod
-    def of(cls, device_mesh: DeviceMesh, device: torch.device, *, fully_shard: bool = False) -> Mesh:
+    def of(
+        cls,
+        device_mesh: DeviceMesh,
+        device: torch.device,
+        *,
+        fully_shard: bool = False,
+        ranks_per_node: int | None = None,
+    ) -> Mesh:
         """Adopts a mesh with the axes ``replicate``, ``shard`` and ``ep``, whoever made it; it may have others.
 
         Args:
             device_mesh: without sharding, ``edp`` in place of ``replicate`` and ``shard`` will do.
             device: of this rank.
             fully_shard: whether weights are cut over ``shard`` and ``ep``.
+            ranks_per_node: ranks that share a node; None: all.
         """
         names = device_mesh.mesh_dim_names or ()
         over_edp = ("edp",) if "edp" in names else ("replicate", "shard")
         edp = device_mesh["edp"] if "edp" in names else device_mesh[over_edp]._flatten("edp")
+        ep = Axis.of(device_mesh["ep"], "ep")
         return cls(
             device=device,
             dp=Axis.of(device_mesh[(*over_edp, "ep")]._flatten("dp"), "dp"),
-            ep=Axis.of(device_mesh["ep"], "ep"),
+            ep=lay_on_nodes(ep, device_mesh["ep"], ranks_per_node or ep.size),
             edp=Axis.of(edp, "edp"),
             device_mesh=device_mesh,
             fsdp=FullyShard.of(device_mesh) if fully_shard else None,
@@ -152,7 +180,10 @@ class Mesh:
 
     def axes(self) -> tuple[Axis, ...]:
         """Every line of ranks that this rank is on."""
-        return self.dp, self.ep, self.edp, *((self.fsdp.pieces, self.fsdp.copies) if self.fsdp is not None else ())
+        nodes = self.ep.nodes
+        of_nodes = () if nodes is None or nodes.along_one else (nodes.across, nodes.inside)
+        of_pieces = () if self.fsdp is None else (self.fsdp.pieces, self.fsdp.copies)
+        return self.dp, self.ep, *of_nodes, self.edp, *of_pieces
 
 
 def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -184,7 +215,14 @@ def join_mesh(config: MeshConfig, store: Store | None = None) -> Mesh:
             rank=-1 if store is None else int(os.environ["RANK"]),
             world_size=-1 if store is None else int(os.environ["WORLD_SIZE"]),
         )
-    return grid(dist.get_world_size(), config.ep, device, timeout, fsdp=config.fsdp)
+    return grid(
+        dist.get_world_size(),
+        config.ep,
+        device,
+        timeout,
+        fsdp=config.fsdp,
+        ranks_per_node=config.ranks_per_node or local_size,
+    )
 
 
 def grid(
@@ -194,13 +232,18 @@ def grid(
     timeout: datetime.timedelta | None = None,
     *,
     fsdp: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> Mesh:
-    """The mesh [replicate, shard, ep] over the ranks of the default process group; ``fsdp`` as `MeshConfig` has it."""
+    """The mesh [replicate, shard, ep] over the ranks of the default process group; ``fsdp`` as `MeshConfig` has it.
+
+    Args:
+        ranks_per_node: ranks that share a node; None: all.
+    """
     shard = 1 if fsdp is None else fsdp // ep
     device_mesh = init_device_mesh(
         device.type, (world_size // (shard * ep), shard, ep), mesh_dim_names=("replicate", "shard", "ep")
     )
-    mesh = Mesh.of(device_mesh, device, fully_shard=fsdp is not None)
+    mesh = Mesh.of(device_mesh, device, fully_shard=fsdp is not None, ranks_per_node=ranks_per_node)
     if timeout is not None:  # sub-groups don't inherit the default group's time-out
         for group in (*(axis.group for axis in mesh.axes()), *device_mesh.get_all_groups()):
             dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -74,8 +74,9 @@ class LanguageModel(nn.Module):
 class ModelConfig(Choice, path="model"):
     """One model family."""
 
-    def check_spread(self, ep: int) -> None:
-        """Raises `ConfigError` where a MoE layer that the model brings itself cannot be spread over ``ep`` ranks."""
+    def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
+        """Raises `ConfigError` where a MoE layer that the model brings itself cannot be spread so; arguments as
+        `MoEConfig.check_spread` has them."""
 
     def build(
         self,

@@ -58,9 +58,9 @@ class DecoderConfig(ModelConfig):
                 raise error.under(f"layers.blocks.{index}.attention" if spec.attention else "attention") from None
         self._check_ffns(lambda ffn: ffn.check_causal(None))
 
-    def check_spread(self, ep: int) -> None:
+    def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
         """See the contract."""
-        self._check_ffns(lambda ffn: ffn.check_spread(ep))
+        self._check_ffns(lambda ffn: ffn.check_spread(ep, ranks_per_node))
 
     def _check_ffns(self, check: Callable[[FFNConfig], None]) -> None:
         """Checks every feed-forward layer, and says of which block an error is."""

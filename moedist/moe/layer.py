@@ -87,8 +87,13 @@ class MoEConfig(Config):
             except ConfigError as error:
                 raise error.under(f"balance.{name}") from None
 
-    def check_spread(self, ep: int) -> None:
-        """Raises `ConfigError` where the layer cannot be spread over ``ep`` expert-parallel ranks."""
+    def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
+        """Raises `ConfigError` where the layer cannot be spread.
+
+        Args:
+            ep: expert-parallel ranks.
+            ranks_per_node: ranks that share a node; None: all.
+        """
         divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
         require(
             self.num_experts % ep == 0,
@@ -101,6 +106,10 @@ class MoEConfig(Config):
             self.bank.check_spread(ep)
         except ConfigError as error:
             raise error.under("bank") from None
+        try:
+            self.dispatch.check_nodes(ep, ranks_per_node or ep)
+        except ConfigError as error:
+            raise error.under("dispatch") from None
 
     def build(
         self,

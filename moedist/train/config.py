@@ -208,3 +208,7 @@ class RunConfig(Config):
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def ranks_per_node(self, world_size: int) -> int:
+        """Ranks that share a node where ``launch`` starts ``world_size`` of them."""
+        return self.mesh.ranks_per_node or world_size // self.launch.nnodes

@@ -92,8 +92,9 @@ def dry_run(config: RunConfig, vocab_size: int, world_size: int) -> DryRun:
     }
     ranks: list[PlannedRank] = []
     parameters: dict[str, Layout] = {}
-    for rank in chosen_ranks(config.mesh, world_size):
-        with fake_mesh(config.mesh, rank, world_size) as mesh:
+    mesh_config = dataclasses.replace(config.mesh, ranks_per_node=config.ranks_per_node(world_size))
+    for rank in chosen_ranks(mesh_config, world_size):
+        with fake_mesh(mesh_config, rank, world_size) as mesh:
             spread = build_model(config, vocab_size, mesh)
             parameters = check_whole(spread, whole, world_size)
             engine = build_engine(config, spread, mesh)

@@ -21,7 +21,6 @@ from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import RunInfo
 from moedist.mesh import Mesh
 from moedist.mesh.collectives import broadcast_json
-from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.mesh.slow import slow_axis
 from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.token_choice import group_notes
@@ -212,11 +211,11 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
             f"generation and `moedist eval` drop nothing"
         )
     moe = config.moe
-    note = moe.dispatch.note(moe.num_experts, moe.router.experts_per_token(moe.num_experts), moe.capacity.dropless)
+    per_token = moe.router.experts_per_token(moe.num_experts)
+    note = moe.dispatch.note(moe.num_experts, per_token, moe.capacity.dropless, mesh.ep)
     if note is not None:
         log.say(f"note   {note}")
-    num_nodes = nodes_per_ep_group(mesh.ep.size, int(os.environ.get("LOCAL_WORLD_SIZE", mesh.dp.size)))
-    for line in group_notes(spread.model, num_nodes):
+    for line in group_notes(spread.model, None if mesh.ep.nodes is None else mesh.ep.nodes.across.size):
         log.say(f"note   {line}")
     if (label := routing_label(spread.model)) is not None:
         log.say(f"note   {label} routing: the numbers of this run are not a trained model's")

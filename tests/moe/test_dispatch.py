@@ -16,6 +16,7 @@ from moedist.mesh import Axis
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
+from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.dispatch.rows import Exchange
 from moedist.moe.experts.loop import LoopConfig
@@ -27,7 +28,7 @@ from tests.moe.by_hand import dropless, route_logits, routing_of
 from tests.parity import counted_bytes
 from tests.ranks import Here
 
-DISPATCHES = {"all_to_all": AllToAllConfig(), "padded": PaddedConfig()}
+DISPATCHES = {"all_to_all": AllToAllConfig(), "padded": PaddedConfig(), "hierarchical": HierarchicalConfig()}
 PACKED = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
 
@@ -318,7 +319,7 @@ def exchanged_gradient(here: Here) -> bool:
     """Whether a transposed gradient comes through an exchange as it should."""
     ep = here.mesh_of(2).ep
     x_RD = torch.arange(12.0).view(4, 3).requires_grad_()
-    received, _ = Exchange.apply(x_RD, None, ep, None, None)
+    (received,) = Exchange.apply(ep, None, None, x_RD)
     weight_DR = torch.arange(12.0).view(3, 4) + 100 * here.rank
     (received.t() * weight_DR).sum().backward()
     mine, other = weight_DR.t(), weight_DR.t() + 100 * (1 - 2 * here.rank)

@@ -62,8 +62,9 @@ class FFNConfig(Choice, path="model.ffn"):
     def check_beside(self, moe: MoEConfig) -> None:
         """Raises `ConfigError` where what it brings itself does not go with the run's MoE layer."""
 
-    def check_spread(self, ep: int) -> None:
-        """Raises `ConfigError` where what it brings itself cannot be spread over ``ep`` expert-parallel ranks."""
+    def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
+        """Raises `ConfigError` where what it brings itself cannot be spread so; arguments as `MoEConfig.check_spread`
+        has them."""
 
     def build(
         self,

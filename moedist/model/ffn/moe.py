@@ -60,11 +60,11 @@ class MoEFFNConfig(FFNConfig):
                 f"Set it in the run's moe.balance.{name} alone, or its layers to each.",
             )
 
-    def check_spread(self, ep: int) -> None:
+    def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
         """The run's own layer is checked by the run."""
         if self.moe is not None:
             try:
-                self.moe.check_spread(ep)
+                self.moe.check_spread(ep, ranks_per_node)
             except ConfigError as error:
                 raise error.under("moe") from None
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
-from moedist.moe.dispatch.rows import Exchange, Reorder, RowsToTokens, TokensToRows
+from moedist.moe.dispatch.rows import Exchange, Reorder, RowsToTokens, TokensToRows, pair_of_row
+from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
@@ -19,6 +20,11 @@ from moedist.moe.plan import CapacityPlan
 @dataclasses.dataclass(frozen=True)
 class AllToAllConfig(DispatchConfig):
     """Kept pairs only, in one all-to-all of uneven blocks each way."""
+
+    def traffic(self, batch: Batch) -> Traffic:
+        """A row per pair."""
+        per_rank = batch.tokens * batch.experts_per_token / batch.ep
+        return Traffic(*(there_and_back(per_rank * ranks, batch, gates=1) for ranks in batch.other_ranks))
 
     def build(self, placement: Placement, ep: Axis) -> AllToAllDispatcher:  # noqa: D102
         return AllToAllDispatcher(placement, ep)
@@ -62,7 +68,7 @@ class AllToAllDispatcher:
         first_row_E = kept_E.cumsum(0) - kept_E
         row_N = first_row_E[self.placement.slot_of(plan.expert_N)] + plan.slot_N
         row_N = torch.where(plan.slot_N < 0, -1, row_N)
-        pair_R = self.pairs_in_order(row_N, sum(send_sizes))
+        pair_R = pair_of_row(row_N, sum(send_sizes))
         token_R = plan.token_N[pair_R]
 
         x_RD = TokensToRows.apply(x_TD, token_R, row_N, plan.token_N, plan.pairs_per_token)
@@ -70,7 +76,7 @@ class AllToAllDispatcher:
         gate_R = TokensToRows.apply(plan.gate_N, pair_R, row_N, pair_N, 1)
         by_expert = by_source = None
         if self.ep.size > 1:
-            x_RD, gate_R = Exchange.apply(x_RD, gate_R, self.ep, send_sizes, receive_sizes)
+            x_RD, gate_R = Exchange.apply(self.ep, send_sizes, receive_sizes, x_RD, gate_R)
             by_expert, by_source = self.expert_order(arriving_We, sum(receive_sizes))
             x_RD, gate_R = Reorder.apply(x_RD, by_expert, by_source), Reorder.apply(gate_R, by_expert, by_source)
         rows = Rows(
@@ -96,7 +102,7 @@ class AllToAllDispatcher:
         """The same way back, then each token's sum."""
         if self.ep.size > 1:
             y_RD = Reorder.apply(y_RD, ticket.by_source, ticket.by_expert)
-            y_RD, _ = Exchange.apply(y_RD, None, self.ep, ticket.receive_sizes, ticket.send_sizes)
+            (y_RD,) = Exchange.apply(self.ep, ticket.receive_sizes, ticket.send_sizes, y_RD)
         return RowsToTokens.apply(
             y_RD, ticket.token_R, ticket.row_N, ticket.token_N, ticket.pairs_per_token, ticket.num_tokens
         )
@@ -115,13 +121,6 @@ class AllToAllDispatcher:
         send_sizes = [sum(kept[end - size : end]) for end, size in zip(ends, self.placement.sizes, strict=True)]
         num_local = self.placement.sizes[self.ep.rank]
         return send_sizes, [arriving[rank * num_local : (rank + 1) * num_local] for rank in range(self.ep.size)]
-
-    @staticmethod
-    def pairs_in_order(row_N: Tensor, num_rows: int) -> Tensor:
-        """int64 [R]: the pair of each row (the inverse of ``row_N``; pairs without a row go to a last, cut place)."""
-        pair_N = torch.arange(row_N.shape[0], device=row_N.device)
-        pair_R = pair_N.new_zeros(num_rows + 1)
-        return pair_R.scatter_(0, torch.where(row_N < 0, num_rows, row_N), pair_N)[:num_rows]
 
     @staticmethod
     def expert_order(arriving_We: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

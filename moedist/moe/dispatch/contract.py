@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moedist.config import Choice
 from moedist.mesh import Axis
+from moedist.moe.dispatch.traffic import Batch, Traffic
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
@@ -49,8 +50,15 @@ class DispatchConfig(Choice, path="moe.dispatch"):
         """Whether no shape depends on data."""
         return False
 
-    def note(self, num_experts: int, experts_per_token: int, dropless: bool) -> str | None:
+    def note(self, num_experts: int, experts_per_token: int, dropless: bool, ep: Axis) -> str | None:
         """What a user should know of the cost of this choice, as a sentence; None for nothing."""
+        return None
+
+    def check_nodes(self, ep: int, ranks_per_node: int) -> None:
+        """Raises `ConfigError` where groups of ``ep`` ranks do not lie on nodes as this choice needs it."""
+
+    def traffic(self, batch: Batch) -> Traffic | None:
+        """What an exchange of a layer sends; None where nobody has worked it out."""
         return None
 
     def build(self, placement: Placement, ep: Axis) -> Dispatcher:

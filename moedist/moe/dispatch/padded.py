@@ -10,7 +10,8 @@ from torch import Tensor
 from moedist.config import require
 from moedist.mesh import Axis
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
-from moedist.moe.dispatch.rows import Exchange, RowsToTokens, TokensToRows
+from moedist.moe.dispatch.rows import Exchange, RowsToTokens, TokensToRows, pair_of_row
+from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
@@ -29,7 +30,7 @@ class PaddedConfig(DispatchConfig):
         """Every slot travels, used or not."""
         return True
 
-    def note(self, num_experts: int, experts_per_token: int, dropless: bool) -> str | None:
+    def note(self, num_experts: int, experts_per_token: int, dropless: bool, ep: Axis) -> str | None:
         """Without a limit, rows for all tokens at every expert."""
         if not dropless:
             return None
@@ -37,6 +38,12 @@ class PaddedConfig(DispatchConfig):
             f"padded dispatch without a capacity limit gives every expert room for all tokens: "
             f"{num_experts / experts_per_token:g} times the rows that are used; all_to_all sends those alone"
         )
+
+    def traffic(self, batch: Batch) -> Traffic:
+        """A row per slot; without a limit a slot per expert and token."""
+        slots = batch.tokens if batch.capacity is None else batch.capacity
+        per_rank = slots * batch.num_experts // batch.ep
+        return Traffic(*(there_and_back(per_rank * ranks, batch, gates=1) for ranks in batch.other_ranks))
 
     def build(self, placement: Placement, ep: Axis) -> PaddedDispatcher:  # noqa: D102
         require(
@@ -76,15 +83,13 @@ class PaddedDispatcher:
         row_N = self.placement.slot_of(plan.expert_N) * capacity + plan.slot_N
         row_N = torch.where(plan.slot_N < 0, -1, row_N)
         pair_N = torch.arange(row_N.shape[0], device=row_N.device)
-        # Pairs without a slot are written to a trash row behind the last, which is cut off.
-        pair_R = torch.full((num_rows + 1,), -1, device=row_N.device)
-        pair_R = pair_R.scatter_(0, torch.where(row_N < 0, num_rows, row_N), pair_N)[:num_rows]
+        pair_R = pair_of_row(row_N, num_rows)
         token_R = torch.where(pair_R < 0, -1, plan.token_N[pair_R]) if num_tokens else pair_R
 
         x_RD = TokensToRows.apply(x_TD, token_R, row_N, plan.token_N, plan.pairs_per_token)
         gate_R = TokensToRows.apply(plan.gate_N, pair_R, row_N, pair_N, 1)
         if self.ep.size > 1:
-            x_RD, gate_R = Exchange.apply(x_RD, gate_R, self.ep, None, None)
+            x_RD, gate_R = Exchange.apply(self.ep, None, None, x_RD, gate_R)
             x_RD, gate_R = self.swap(x_RD, self.ep.size), self.swap(gate_R, self.ep.size)
         num_local = self.placement.sizes[self.ep.rank]
         size = self.ep.size * capacity
@@ -102,7 +107,7 @@ class PaddedDispatcher:
         """The same way back, then each token's sum."""
         if self.ep.size > 1:
             y_RD = self.swap(y_RD, self.placement.sizes[self.ep.rank])
-            y_RD, _ = Exchange.apply(y_RD, None, self.ep, None, None)
+            (y_RD,) = Exchange.apply(self.ep, None, None, y_RD)
         return RowsToTokens.apply(
             y_RD, ticket.token_R, ticket.row_N, ticket.token_N, ticket.pairs_per_token, ticket.num_tokens
         )

@@ -6,6 +6,7 @@ An index of -1 stands for a row, or a pair, that is not there: it reads as zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,29 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return taken.masked_fill_((index < 0).view(*index.shape, *(1,) * (x.dim() - 1)), 0)
 
 
-def sum_pairs(y_RD: Tensor, row_N: Tensor, token_N: Tensor, pairs_per_token: int | None, num_tokens: int) -> Tensor:
-    """[T, D]: each token's sum over its pairs' rows."""
+def pair_of_row(row_N: Tensor, num_rows: int) -> Tensor:
+    """int64 [R]: the inverse of ``row_N``, the row of each pair (-1: none); -1 for a row without a pair."""
+    pair_N = torch.arange(row_N.shape[0], device=row_N.device)
+    # Pairs without a row are written to a trash row behind the last, which is cut off.
+    pair_R = torch.full((num_rows + 1,), -1, device=row_N.device)
+    return pair_R.scatter_(0, torch.where(row_N < 0, num_rows, row_N), pair_N)[:num_rows]
+
+
+def sum_pairs(
+    y_RD: Tensor, row_N: Tensor, token_N: Tensor | None, pairs_per_token: int | None, num_tokens: int
+) -> Tensor:
+    """[T, D]: each token's sum over its pairs' rows; ``token_N`` is needed where a token has any number of pairs."""
     if pairs_per_token == 1:
         return take(y_RD, row_N)
     if pairs_per_token is not None:
-        return take(y_RD, row_N.view(num_tokens, pairs_per_token)).sum(1)
+        row_TK = row_N.view(num_tokens, pairs_per_token)
+        if row_N.shape[0] > 2 * y_RD.shape[0]:  # mostly empty: all columns at once would take more room than the rows
+            sum_TD = y_RD.new_zeros(num_tokens, *y_RD.shape[1:], dtype=torch.promote_types(y_RD.dtype, torch.float32))
+            for row_T in row_TK.unbind(1):
+                sum_TD += take(y_RD, row_T)
+            return sum_TD.to(y_RD.dtype)
+        return take(y_RD, row_TK).sum(1)
+    assert token_N is not None
     return y_RD.new_zeros(num_tokens, *y_RD.shape[1:]).index_add(0, token_N, take(y_RD, row_N))
 
 
@@ -38,7 +56,7 @@ class TokensToRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, token_R: Tensor, row_N: Tensor, token_N: Tensor, pairs_per_token: int | None
+        ctx: Any, x: Tensor, token_R: Tensor, row_N: Tensor, token_N: Tensor | None, pairs_per_token: int | None
     ) -> Tensor:
         ctx.save_for_backward(row_N, token_N)
         ctx.pairs_per_token, ctx.num_tokens = pairs_per_token, x.shape[0]
@@ -60,7 +78,7 @@ class RowsToTokens(torch.autograd.Function):
         y_RD: Tensor,
         token_R: Tensor,
         row_N: Tensor,
-        token_N: Tensor,
+        token_N: Tensor | None,
         pairs_per_token: int | None,
         num_tokens: int,
     ) -> Tensor:
@@ -90,49 +108,45 @@ class Reorder(torch.autograd.Function):
 
 
 class Exchange(torch.autograd.Function):
-    """Rows, and a number with each where asked, to other ranks in one all-to-all; its gradient goes the same way back.
-
-    The number travels behind its row as raw bytes, so that an fp32 gate stays fp32 beside bf16 rows.
-    """
+    """Rows, and numbers with each where there are some, to other ranks in one all-to-all; its gradient goes the same
+    way back. Whole numbers have none."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x_RD: Tensor,
-        gate_R: Tensor | None,
         axis: Axis,
         send_sizes: list[int] | None,
         receive_sizes: list[int] | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        *parts: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.axis, ctx.send_sizes, ctx.receive_sizes = axis, send_sizes, receive_sizes
-        ctx.gate_dtype = None if gate_R is None else gate_R.dtype
-        return exchange(x_RD, gate_R, axis, send_sizes, receive_sizes)
+        ctx.floating = [part.is_floating_point() for part in parts]
+        received = exchange(parts, axis, send_sizes, receive_sizes)
+        ctx.mark_non_differentiable(*(part for part in received if not part.is_floating_point()))
+        return received
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor, grad_gate_R: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_x, grad_gate = exchange(
-            grad_RD,
-            None if ctx.gate_dtype is None else grad_gate_R,
-            ctx.axis,
-            ctx.receive_sizes,
-            ctx.send_sizes,
-        )
-        return grad_x, grad_gate, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sent = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
+        home = iter(exchange(sent, ctx.axis, ctx.receive_sizes, ctx.send_sizes))
+        return None, None, None, *(next(home) if floating else None for floating in ctx.floating)
 
 
 def exchange(
-    x_RD: Tensor,
-    gate_R: Tensor | None,
-    axis: Axis,
-    send_sizes: list[int] | None,
-    receive_sizes: list[int] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """`Exchange` without its gradient."""
-    if gate_R is None:
-        return all_to_all(x_RD.contiguous(), axis, send_sizes, receive_sizes), None
-    tail = gate_R.contiguous()[:, None].view(x_RD.dtype)
-    received = all_to_all(torch.cat([x_RD, tail], dim=1), axis, send_sizes, receive_sizes)
-    dim = x_RD.shape[1]
-    # Two copies of their own: a view with the gate's stride would not qualify for grouped matmul.
-    return received[:, :dim].contiguous(), received[:, dim:].contiguous().view(gate_R.dtype)[:, 0]
+    parts: Sequence[Tensor], axis: Axis, send_sizes: list[int] | None, receive_sizes: list[int] | None
+) -> tuple[Tensor, ...]:
+    """Tensors [R, ...] to other ranks, side by side in one all-to-all.
+
+    What stands behind the first travels as raw bytes, so that an fp32 gate stays fp32 beside bf16 rows; the bytes of
+    one row of each are a multiple of the first one's element.
+    """
+    first, *others = parts
+    if not others:
+        return (all_to_all(first.contiguous(), axis, send_sizes, receive_sizes),)
+    tails = [(part if part.dim() == 2 else part[:, None]).contiguous().view(first.dtype) for part in others]
+    received = all_to_all(torch.cat([first, *tails], dim=1), axis, send_sizes, receive_sizes)
+    # Copies of their own: a view with the stride of the whole would not qualify for grouped matmul.
+    pieces = [piece.contiguous() for piece in received.split([part.shape[1] for part in (first, *tails)], dim=1)]
+    whole = [piece.view(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+    return tuple(one if part.dim() == 2 else one[:, 0] for one, part in zip(whole, parts, strict=True))
