@@ -66,7 +66,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
         source: str = "a checkpoint's or a run's folder",
     ) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = actions.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}."
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=examples_of(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=source)
         added.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -98,6 +102,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
             "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)"
         )
     return parser
+
+
+def examples_of(action: str) -> str:
+    """Those of one action."""
+    blocks = [block for block in EXAMPLES.partition("\n")[2].split("\n\n") if f"moedist checkpoint {action} " in block]
+    return "examples:\n" + "\n\n".join(blocks)
 
 
 def main(args: argparse.Namespace) -> int:

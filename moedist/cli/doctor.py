@@ -66,6 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
         metavar="machine | ranks | parity | RUN | key=value",
         help="what to check (left out: machine and ranks); a run's folder; parts and values as of `moedist train`",
     )
+    parser.set_defaults(words=CHECKS)
     parser.add_argument("--nproc", type=int, metavar="N", help="the same as launch.nproc=N")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; the rest on the other")
     return parser

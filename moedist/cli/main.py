@@ -28,7 +28,9 @@ examples:
   moedist train --dry-run                         # what would run, without running it
   moedist eval runs/first                         # held-out loss of its newest checkpoint
   moedist checkpoint inspect runs/first           # what its newest checkpoint holds
+  moedist doctor                                  # is this machine fit, which rank or link is slow?
   moedist doctor parity                           # do ranks compute what one device computes?
+  source <(moedist completion bash)               # completes commands, flags, parts and keys
 
 exit codes:
   0 done   2 configuration or data known to be bad before a rank starts   3 does not fit   4 environment or disk

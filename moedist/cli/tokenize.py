@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
     )
     parser.add_argument("files", nargs="+", help="text files, globs (quoted) and folders; .jsonl is read line by line")
     parser.add_argument("--output", "-o", required=True, help="the file to write; for megatron the prefix")
-    parser.add_argument("--format", choices=("nanogpt", "llmc", "raw", "megatron"), default="nanogpt")
+    parser.add_argument("--format", choices=("nanogpt", "llmc", "raw", "megatron"), default="nanogpt", help="see below")
     parser.add_argument("--tokenizer", help="a Hugging Face tokenizers file (tokenizer.json); left out: bytes")
     parser.add_argument("--text-key", default="text", help="where a .jsonl line keeps its text (default: text)")
     parser.add_argument("--eod-id", type=int, help="id that ends a document; left out: 256 or the tokenizer's own")
