@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,56 @@ def test_installs_once(tmp_path: Path):
     assert installs() == 2
     first, second = log.read_text().splitlines()[:2]
     assert first.endswith(" torch") and second.endswith(f"--editable {ROOT}[test]")
+
+
+SKIPPED = '<skipped message="needs a moon"/>'
+
+
+@pytest.fixture
+def full(tmp_path: Path, bare: dict[str, str]) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs test_full.sh, every program there, on what a test run left: ``test.sh`` is a stub that leaves it."""
+    (tmp_path / "root" / "launch").mkdir(parents=True)
+    for name in ("test_full.sh", "venv.sh", "constraints.txt"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "root" / "launch" / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "root")
+    python = f'[[ $1 != -m ]] || exit 0; [[ $* != *torch* ]] || exit 1; exec {sys.executable} "$@"'
+    write_program(tmp_path / "venv" / "bin" / "python", python)
+    programs = re.search(r"PROGRAMS=\((.*?)\)", (ROOT / "launch" / "test_full.sh").read_text(), re.DOTALL)
+    assert programs is not None
+    for pair in programs[1].split():
+        write_program(tmp_path / "bin" / pair.partition(":")[0], "")
+    for name in ("mktemp", "rm", "sort"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+
+    def run(case: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        report = f'<testsuite><testcase classname="sky" name="test_up">{case}</testcase></testsuite>'
+        leave = (
+            f"for word; do [[ $word != --junit-xml=* ]] || echo '{report}' >${{word#*=}}; done; echo $*; exit {code}"
+        )
+        write_program(tmp_path / "root" / "launch" / "test.sh", leave)
+        return call([str(tmp_path / "root" / "launch" / "test_full.sh"), "-k", "up"], bare, tmp_path)
+
+    return run
+
+
+def test_a_skip_fails_the_full_tests(full: Callable[..., subprocess.CompletedProcess[str]]):
+    passed = full("")
+    assert passed.returncode == 0 and passed.stdout.splitlines()[-1].startswith("-m not gpu --junit-xml=")
+    assert passed.stdout.rstrip().endswith(" -k up")
+    skipped = full(SKIPPED)
+    assert skipped.returncode == 1 and "skipped: sky::test_up: needs a moon\n" in skipped.stdout
+    assert "1 skipped: mend what is skipped" in skipped.stderr
+    failed = full("<failure/>", code=3)
+    assert failed.returncode == 3
+    assert "skipped: sky::test_up" in full(SKIPPED, code=1).stdout, "a failure does not hide it"
+
+
+def test_a_missing_program_is_named(full: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path):
+    for name in ("zsh", "git"):
+        (tmp_path / "bin" / name).unlink()
+    ended = full("")
+    assert ended.returncode == 4
+    assert ended.stderr == "test_full.sh: install first, as root: git zsh (names of Debian's packages)\n"
 
 
 def test_a_failed_installation_is_tried_again(tmp_path: Path):
