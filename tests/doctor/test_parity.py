@@ -16,6 +16,7 @@ from moedist.doctor.parity import RESULT, check_rank
 from moedist.moe.balance.importance import ImportanceConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.parallel import GradientTable
@@ -29,7 +30,14 @@ GLOBAL = changed(CONFIG, moe={"balance": {"switch": SwitchConfig(0.3), "z_loss":
 
 
 def compared(
-    here: Here, names: list[str], folder: str, ep: int, *, fsdp: int | None = None, spoilt: bool = False
+    here: Here,
+    names: list[str],
+    folder: str,
+    ep: int,
+    *,
+    fsdp: int | None = None,
+    ranks_per_node: int | None = None,
+    spoilt: bool = False,
 ) -> list[dict[str, Any]]:
     """The comparisons, as rank 0 writes them."""
     results = []
@@ -37,7 +45,8 @@ def compared(
         run_dir = Path(folder, name)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         with ranks_forget_to_add() if spoilt else contextlib.nullcontext():
-            assert check_rank(case(name), run_dir, here.mesh_of(ep, fsdp)) == 0, (run_dir / "status.json").read_text()
+            mesh = here.mesh_of(ep, fsdp, ranks_per_node)
+            assert check_rank(case(name), run_dir, mesh) == 0, (run_dir / "status.json").read_text()
         if here.rank == 0:
             results.append(json.loads((run_dir / RESULT).read_text()))
     return results
@@ -69,6 +78,7 @@ def case(name: str) -> RunConfig:
             "moe": {"balance": {"switch": SwitchConfig(0.3, "sequence")}},
         },
         "whole_step": {"moe": {"balance": whole_step}, "train": twice},
+        "over_nodes": {"moe": {"dispatch": HierarchicalConfig()}, "train": twice},
         "halved": {"moe": {"experts": HalvedConfig(hidden_dim=12)}},
         "gateless": {"moe": {"dispatch": GatelessConfig()}},
         "own_ranks": {"moe": {"balance": {"own_ranks": OwnRanksConfig(0.3)}}},
@@ -89,6 +99,13 @@ def wrong(result: dict[str, Any]) -> set[str]:
 
 def in_block(result: dict[str, Any], block: int) -> list[dict[str, Any]]:
     return [one for one in result["parameters"] if one["name"].startswith(f"blocks.{block}.")]
+
+
+def test_what_is_right_passes_over_nodes(ranks, tmp_path: Path):
+    """Two nodes of two ranks, accumulation and full recomputation."""
+    (result,) = ranks(WORLD).run(compared, ["over_nodes"], str(tmp_path), 4, ranks_per_node=2)[0]
+    assert result["good"], result
+    assert 0 < result["pairs"]["kept"] < result["pairs"]["asked"], "nothing was dropped"
 
 
 @pytest.mark.parametrize("ep", [2, 4])

@@ -20,6 +20,7 @@ from moedist.engine.deepspeed import DeepSpeedConfig
 from moedist.engine.native import NativeConfig
 from moedist.mesh.collectives import all_gather
 from moedist.model.contract import StepContext
+from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.router.contract import Router
@@ -37,11 +38,13 @@ RATE = 1024.0
 """Of SGD: a weight then moves by its gradient alone, to all of its digits."""
 
 
-def run_of(here: Here, config: RunConfig, folder: Path | None = None, ep: int = 1) -> Trainer:
+def run_of(
+    here: Here, config: RunConfig, folder: Path | None = None, ep: int = 1, ranks_per_node: int | None = None
+) -> Trainer:
     """A trainer below torchrun's environment, as DeepSpeed demands it."""
     os.environ.setdefault("LOCAL_RANK", str(here.rank))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    return make_trainer(config, config.data.open(), here.mesh_of(ep), folder)
+    return make_trainer(config, config.data.open(), here.mesh_of(ep, None, ranks_per_node), folder)
 
 
 def config_of(engine: Any, world: int = 4, accumulation: int = 2, **train: Any) -> RunConfig:
@@ -70,11 +73,13 @@ def case_of(accumulation: int, fancy: bool) -> Case:
     return Case(config, accumulation)
 
 
-def moved(here: Here, ep: int, case: Case, stages: tuple[int, ...]) -> list[tuple[float, dict[str, Tensor], float]]:
+def moved(
+    here: Here, ep: int, case: Case, stages: tuple[int, ...], ranks_per_node: int | None = None
+) -> list[tuple[float, dict[str, Tensor], float]]:
     """Of each stage: norm, whole change of every parameter by one step of SGD, largest difference between replicas."""
     results = []
     for stage in stages:
-        trainer = run_of(here, case.config, ep=ep)
+        trainer = run_of(here, case.config, ep=ep, ranks_per_node=ranks_per_node)
         mesh, table = trainer.mesh, trainer.spread.gradients
         groups: dict[str, list[Tensor]] = {}
         for name, parameter in trainer.model.named_parameters():
@@ -99,13 +104,13 @@ def moved(here: Here, ep: int, case: Case, stages: tuple[int, ...]) -> list[tupl
     return results
 
 
-def check_gradients(ranks: Any, ep: int, case: Case) -> None:
+def check_gradients(ranks: Any, ep: int, case: Case, ranks_per_node: int | None = None) -> None:
     known: dict[str, Reference] = {}
     _, expected = reference(case, 4, known)
     norm = math.sqrt(sum(grad.double().square().sum().item() for grad in expected.values()))
     clip = case.config.train.clip_norm / norm
     assert clip < 0.5, "it clips"
-    by_rank = ranks(4).run(moved, ep, case, STAGES, limit_s=180)
+    by_rank = ranks(4).run(moved, ep, case, STAGES, ranks_per_node, limit_s=180)
     for stage, results in zip(STAGES, zip(*by_rank, strict=True), strict=True):
         assert len({got for got, _, _ in results}) == 1, "one norm on all ranks"
         assert results[0][0] == pytest.approx(norm, rel=1e-5), f"ZeRO {stage}"
@@ -123,6 +128,14 @@ def check_gradients(ranks: Any, ep: int, case: Case) -> None:
 def test_gradients_and_clip_are_those_of_one_device(ranks, ep: int):
     """Every stage, three micro-steps, with dropping, padding and noise."""
     check_gradients(ranks, ep, case_of(3, fancy=False))
+
+
+@pytest.mark.slow
+def test_gradients_over_nodes(ranks):
+    """A group of experts over two nodes of two ranks."""
+    case = case_of(2, fancy=False)
+    config = changed(case.config, moe={"dispatch": HierarchicalConfig()})
+    check_gradients(ranks, 4, dataclasses.replace(case, config=config), ranks_per_node=2)
 
 
 @pytest.mark.slow
