@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moedist.config import ConfigError
 from moedist.mesh import Axis
@@ -20,7 +21,7 @@ from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.contract import DispatchConfig
-from moedist.moe.dispatch.hierarchical import HierarchicalConfig, telling_order
+from moedist.moe.dispatch.hierarchical import HierarchicalConfig, part_of, telling_order
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.dispatch.traffic import Batch, share_reached, there_and_back
 from moedist.moe.experts.loop import LoopConfig
@@ -126,6 +127,13 @@ def test_what_is_told_before():
     ranks = [told[2:][place] for place in telling_order(sizes, (4,))]
     assert ranks == ["r0", "e0", "e1", "r1", "e2", "r2", "r3", "e3", "e4", "e5"]
     assert telling_order(sizes, ()) == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_plan_on_fake_tensors_leaves_nothing_behind():
+    slot, bounds = torch.tensor([-1, 0, 1, 2, 5]), (0, 1, 1, 2, 6)
+    with FakeTensorMode():
+        assert part_of(torch.zeros(3, dtype=torch.int64), bounds).shape == (3,)
+    assert part_of(slot, bounds).tolist() == [4, 0, 2, 3, 3]
 
 
 # What crosses, counted on the wire

@@ -163,12 +163,12 @@ class Copies:
     per_token: int
     num_tokens: int
 
-    def spread(self, x_TD: Tensor) -> Tensor:
+    def to_rows(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [R, D]."""
         return TokensToRows.apply(x_TD, self.token_R, self.row_N, None, self.per_token)
 
-    def reduce(self, y_RD: Tensor) -> Tensor:
-        """[R, D] -> [T, D], sums."""
+    def to_tokens(self, y_RD: Tensor) -> Tensor:
+        """[R, D] -> [T, D]: each token's sum."""
         return RowsToTokens.apply(y_RD, self.token_R, self.row_N, None, self.per_token, self.num_tokens)
 
 
@@ -205,6 +205,21 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of rows, on the host.
+
+    Attributes:
+        exchanged: of every level, to and from each rank of its axis.
+        at_experts: of each of this rank's experts.
+        at_experts_e: int64, the same on the device.
+    """
+
+    exchanged: list[tuple[list[int], list[int]]]
+    at_experts: list[int]
+    at_experts_e: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class HierarchicalDispatcher:
     """Rows lie sorted by (rank of the axis, token) at every level; at the experts by (expert, arrival)."""
 
@@ -221,35 +236,35 @@ class HierarchicalDispatcher:
     def dispatch(self, x_TD: Tensor, plan: CapacityPlan) -> Arrived[HierarchicalTicket]:
         """Numbers of rows first, then level by level one copy per destination, then one per expert."""
         pairs = self.pairs_of(x_TD.shape[0], plan)
-        sizes_e, exchanged, sizes = self.tell_sizes(pairs.slot_RP, self.placement.slots_first(plan.kept_E))
+        sizes = self.tell_sizes(pairs.slot_RP, self.placement.slots_first(plan.kept_E))
         x_RD, crossings = x_TD, []
-        for level, (send_sizes, receive_sizes) in zip(self.levels, exchanged, strict=True):
+        for level, (send_sizes, receive_sizes) in zip(self.levels, sizes.exchanged, strict=True):
             copies, pairs = copy_once(pairs, level, sum(send_sizes))
             x_RD, gate_RP, slot_RP = Exchange.apply(
                 level.axis,
                 send_sizes,
                 receive_sizes,
-                copies.spread(x_RD),
+                copies.to_rows(x_RD),
                 pairs.gate_RP,
                 pairs.slot_RP.to(ID_TYPES[x_TD.element_size()]),
             )
             pairs = Pairs(gate_RP, slot_RP.to(torch.int64))
             crossings.append(Crossing(copies, level.axis, send_sizes, receive_sizes))
-        at_experts, gate_R = copy_to_experts(pairs, sum(self.placement.sizes[: self.ep.rank]), sizes_e, sum(sizes))
+        at_experts, gate_R = copy_to_experts(pairs, sum(self.placement.sizes[: self.ep.rank]), sizes)
         rows = Rows(
-            x_RD=at_experts.spread(x_RD),
+            x_RD=at_experts.to_rows(x_RD),
             gate_R=gate_R,
-            sizes=tuple(sizes),
-            ends_e=sizes_e.cumsum(0).to(torch.int32),
+            sizes=tuple(sizes.at_experts),
+            ends_e=sizes.at_experts_e.cumsum(0).to(torch.int32),
         )
         return Arrived(rows, HierarchicalTicket(tuple(crossings), at_experts))
 
     def combine(self, y_RD: Tensor, ticket: HierarchicalTicket) -> Tensor:
         """The same way back: at every level the sum of what one token's copies have become, then the sum crosses."""
-        y_RD = ticket.at_experts.reduce(y_RD)
+        y_RD = ticket.at_experts.to_tokens(y_RD)
         for crossing in reversed(ticket.crossings):
             (y_RD,) = Exchange.apply(crossing.axis, crossing.receive_sizes, crossing.send_sizes, y_RD)
-            y_RD = crossing.copies.reduce(y_RD)
+            y_RD = crossing.copies.to_tokens(y_RD)
         return y_RD
 
     def pairs_of(self, num_tokens: int, plan: CapacityPlan) -> Pairs:
@@ -262,17 +277,11 @@ class HierarchicalDispatcher:
         place_N = torch.where(slot_N < 0, -1, plan.token_N * shape[1] + slot_N)
         return carried(plan.gate_N, slot_N, place_N, shape)
 
-    def tell_sizes(
-        self, slot_TP: Tensor, kept_E: Tensor
-    ) -> tuple[Tensor, list[tuple[list[int], list[int]]], list[int]]:
+    def tell_sizes(self, slot_TP: Tensor, kept_E: Tensor) -> Sizes:
         """How many rows there will be: each rank tells those it sends to, level by level, and the host waits once.
 
         A destination is told how many rows it gets, then what it needs to tell its own destinations, down to the pairs
         of each expert.
-
-        Returns:
-            int64 [e] rows of each of this rank's experts; rows to and from each rank of every level's axis, on the
-            host; the first again, on the host.
         """
         told = self.numbers_to_tell(slot_TP, kept_E)
         numbers = []
@@ -280,18 +289,19 @@ class HierarchicalDispatcher:
             own = level.told[level.axis.rank]
             heard = all_to_all(told, level.axis, list(level.told), [own] * level.axis.size).view(level.axis.size, own)
             heads = tuple(itertools.accumulate(level.told[:-1], initial=0))
-            numbers += [told[constant(heads, told.device)], heard[:, 0]]
+            numbers += [told[constant(heads, told)], heard[:, 0]]
             told = heard.sum(0)[1:]
         host = iter(torch.cat([*numbers, told]).tolist())
         on_host = [list(itertools.islice(host, part.shape[0])) for part in (*numbers, told)]
-        return told, list(zip(on_host[:-1:2], on_host[1::2], strict=True)), on_host[-1]
+        *exchanged, at_experts = on_host
+        return Sizes(list(zip(exchanged[::2], exchanged[1::2], strict=True)), at_experts, told)
 
     def numbers_to_tell(self, slot_TP: Tensor, kept_E: Tensor) -> Tensor:
         """int64: for each node its rows, then for each of its ranks that one's rows and the pairs of its experts; no
         nodes where there is one level, and the pairs alone where there is none."""
         rows = [reached(slot_TP, bounds).sum(0) for bounds in self.cuts]
         order = telling_order(self.placement.sizes, tuple(len(bounds) - 1 for bounds in self.cuts))
-        return torch.cat([*rows, kept_E])[constant(order, kept_E.device)]
+        return torch.cat([*rows, kept_E])[constant(order, kept_E)]
 
 
 @functools.lru_cache
@@ -320,16 +330,21 @@ def telling_order(sizes: tuple[int, ...], parts: tuple[int, ...]) -> tuple[int, 
     return tuple(order)
 
 
+def constant(numbers: tuple[int, ...], beside: Tensor) -> Tensor:
+    """int64 on the device of ``beside``, made once there: a copy from the host makes it wait."""
+    return _made_once(numbers, beside.device, getattr(beside, "fake_mode", None))
+
+
 @functools.lru_cache
-def constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64, made once per device: a copy from the host makes it wait."""
+def _made_once(numbers: tuple[int, ...], device: torch.device, fake_mode: object) -> Tensor:
+    # A fake tensor (torch.compile's, or of a plan without data) goes with those of its own mode alone.
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def part_of(slot: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """int64: the part behind whose bounds a slot lies; ``len(bounds) - 1``, one past the last, for slot -1."""
     num_parts = len(bounds) - 1
-    part = torch.bucketize(slot, constant(bounds[1:], slot.device), right=True)
+    part = torch.bucketize(slot, constant(bounds[1:], slot), right=True)
     return torch.where(slot < 0, num_parts, part)
 
 
@@ -359,7 +374,7 @@ def copy_once(pairs: Pairs, level: Level, num_rows: int) -> tuple[Copies, Pairs]
     if width == most_pairs:
         column_TP = torch.arange(most_pairs, device=slot_TP.device)
     else:
-        column_TP = slot_TP - constant((*level.bounds[:-1], 0), slot_TP.device)[part_TP]
+        column_TP = slot_TP - constant((*level.bounds[:-1], 0), slot_TP)[part_TP]
     place_N = torch.where(row_TP < 0, -1, row_TP * width + column_TP).view(-1)
     return copies, carried(pairs.gate_RP.view(-1), slot_TP.view(-1), place_N, (num_rows, width))
 
@@ -371,22 +386,21 @@ def carried(gate_N: Tensor, slot_N: Tensor, place_N: Tensor, shape: tuple[int, i
     return Pairs(gate_N.view(shape), (take(slot_N + 1, pair_N) - 1).view(shape))
 
 
-def copy_to_experts(pairs: Pairs, first_slot: int, sizes_e: Tensor, num_rows: int) -> tuple[Copies, Tensor]:
+def copy_to_experts(pairs: Pairs, first_slot: int, sizes: Sizes) -> tuple[Copies, Tensor]:
     """One row for each pair that has arrived, by (expert, arrival), and its gate.
 
     Args:
         pairs: of rows whose experts are all here.
         first_slot: of this rank.
-        sizes_e: rows of each expert.
-        num_rows: of all, on the host.
+        sizes: of the experts.
     """
     num_arrived, width = pairs.slot_RP.shape
-    num_experts = sizes_e.shape[0]
+    sizes_e, num_experts = sizes.at_experts_e, len(sizes.at_experts)
     slot_N = pairs.slot_RP.view(-1)
     expert_N = torch.where(slot_N < 0, num_experts, slot_N - first_slot)
     first_row_e = F.pad(sizes_e.cumsum(0) - sizes_e, (0, 1))
     row_N = first_row_e[expert_N] + place_in_bucket(expert_N, num_experts + 1, None)
     row_N = torch.where(slot_N < 0, -1, row_N)
-    pair_R = pair_of_row(row_N, num_rows)
+    pair_R = pair_of_row(row_N, sum(sizes.at_experts))
     gate_R = TokensToRows.apply(pairs.gate_RP.view(-1), pair_R, row_N, None, 1)
     return Copies(pair_R // max(width, 1), row_N, width, num_arrived), gate_R
