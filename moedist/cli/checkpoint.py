@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from moedist.train.checkpoint.summary import Summary
@@ -45,7 +46,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 class OutputError(ConfigError):
     """An output that the disk refuses."""
 
-    exit_code = 4
+    exit_code = ExitCode.ENVIRONMENT
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:

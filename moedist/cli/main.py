@@ -19,8 +19,9 @@ from collections.abc import Sequence
 import moedist
 import moedist.cli
 from moedist.config import ConfigError, ConfigErrors
+from moedist.config.exit_codes import describe_codes
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
   moedist train                                   # the recipe tiny_cpu: a few minutes on four cores
   moedist train experiment=tiny_cpu mesh.ep=4 moe.capacity.factor=1.0 run.dir=runs/first
@@ -33,8 +34,7 @@ examples:
   source <(moedist completion bash)               # completes commands, flags, parts and keys
 
 exit codes:
-  0 done   2 configuration or data known to be bad before a rank starts   3 does not fit   4 environment or disk
-  5 a rank failed   75 preempted and saved: start it again with run.resume=auto
+{describe_codes()}
 """
 
 STARTED_AT = "MOEDIST_STARTED_AT"
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def refuse(command: str, error: ConfigError, *, as_json: bool = False) -> int:
     """Says what is wrong with a configuration, each error on a line; returns the exit code."""
     errors = error.errors if isinstance(error, ConfigErrors) else (error,)
-    exit_code = max(getattr(single, "exit_code", 2) for single in errors)
+    exit_code = int(max(single.exit_code for single in errors))
     for single in errors:
         print(f"moedist {command}: {single}", file=sys.stderr)
     if as_json:

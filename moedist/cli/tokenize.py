@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 
 EXAMPLES = """\
 examples:
@@ -66,12 +67,12 @@ def main(args: argparse.Namespace) -> int:
         )
     except ConfigError as error:
         print(f"moedist tokenize: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.CONFIG
     except OSError as error:
         problem = f"cannot write {args.output}: {error.strerror or error}. Nothing was replaced."
         remedy = "Make room, or name an output where this user may write."
         print(f"moedist tokenize: {problem} {remedy}", file=sys.stderr)
-        return 4
+        return ExitCode.ENVIRONMENT
     names = " and ".join(str(path) for path in written.paths)
     print(f"Wrote {names}: {written.num_documents} documents, {written.num_tokens} tokens, {written.dtype}.")
     train = ["moedist", "train", "data=tokens", f"data.files=[{written.paths[0]}]"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moedist.config.exit_codes import ExitCode
+
 
 class ConfigError(ValueError):
     """One configuration value that cannot work.
@@ -14,7 +16,12 @@ class ConfigError(ValueError):
         value: the offending value.
         problem: what is wrong, as the rest of a sentence that starts with ``key = value``.
         remedy: what to set instead, as a sentence.
+
+    Attributes:
+        exit_code: what a command that meets the error returns.
     """
+
+    exit_code = ExitCode.CONFIG
 
     def __init__(self, key: str, value: object, problem: str, remedy: str):
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy

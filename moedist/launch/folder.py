@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moedist.config import ConfigError, ConfigErrors
+from moedist.config.exit_codes import ExitCode
 from moedist.launch.saved import CONFIG, read_mapping, write_config
 from moedist.train.config import RunFolder
 from moedist.train.status import clear_status
@@ -46,7 +47,7 @@ FREE_KEYS = (
 class FolderError(ConfigError):
     """A run folder that the environment refuses: no permission, no room."""
 
-    exit_code = 4
+    exit_code = ExitCode.ENVIRONMENT
 
 
 @dataclasses.dataclass

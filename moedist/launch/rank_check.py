@@ -35,7 +35,7 @@ def check_ranks(
     folder = Path(tempfile.mkdtemp(prefix="moedist-doctor-"))
     (folder / "logs").mkdir()
     arguments = [str(folder), mesh.device, str(mesh.timeout_s)]
-    status = run_ranks(ranks, launch, folder, [*target, *arguments], terminal=sys.stderr)
+    status = run_ranks(ranks, launch, folder, [*target, *arguments], name=PROGRAM, terminal=sys.stderr)
     found: dict[str, Any] = {}
     if (folder / RESULT).is_file():
         found = json.loads((folder / RESULT).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 import signal
@@ -21,13 +22,18 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Literal
 
+from moedist.config.exit_codes import ExitCode
+from moedist.launch.environment import rank_environment, without_users
+from moedist.launch.nodes import Node, join_nodes
 from moedist.launch.process import LAUNCH_ID, die_with_parent, kill_launch, launch_processes
-from moedist.train.status import EXIT_CODES, Status, read_status, write_status
+from moedist.train.status import EXIT_CODES, Reason, Status, read_status, write_status
 
 if TYPE_CHECKING:
     from moedist.train.config import LaunchConfig
 
 POLL_S = 0.05
+LOOK_S = 1.0
+"""Seconds between two looks at what other nodes have written to the shared folder."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -63,11 +69,14 @@ def plan_ranks(launch: LaunchConfig, device: Literal["auto", "cpu", "cuda"]) -> 
     return Ranks(nproc, launch.nnodes, launch.threads or max(1, cores // nproc))
 
 
-def torchrun_command(ranks: Ranks, launch: LaunchConfig, run_dir: Path, target: Sequence[str]) -> list[str]:
+def torchrun_command(
+    ranks: Ranks, launch: LaunchConfig, name: str, target: Sequence[str], node: Node | None = None
+) -> list[str]:
     """The command that starts ``python -m <target>`` on every rank.
 
     The c10d rendezvous, because ranks restarted after a kill find each other with no other; on one node over the
-    loopback address and a free port, so that two runs never meet.
+    loopback address and a free port, so that two runs never meet. ``node`` is this one among several,
+    which know by ``name`` that they start the same thing.
     """
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += [f"--nnodes={ranks.nnodes}", f"--nproc-per-node={ranks.nproc}", f"--max-restarts={launch.max_restarts}"]
@@ -75,8 +84,11 @@ def torchrun_command(ranks: Ranks, launch: LaunchConfig, run_dir: Path, target: 
     if ranks.nnodes == 1:
         command += ["--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4().hex}", "--local-addr=127.0.0.1"]
     else:
-        run = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
-        command += [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id=moedist-{run}"]
+        assert node is not None
+        run_id = hashlib.sha256(name.encode()).hexdigest()[:16]
+        command += [f"--rdzv-endpoint={launch.rendezvous}", f"--rdzv-id=moedist-{run_id}"]
+        command += [f"--local-addr={node.address}"]
+        command += [f"--rdzv-conf=is_host={int(node.holds_rendezvous)},join_timeout={math.ceil(launch.meet_within_s)}"]
     return [*command, "-m", *target]
 
 
@@ -86,6 +98,7 @@ def run_ranks(
     run_dir: Path,
     target: Sequence[str],
     *,
+    name: str | None = None,
     lock: int | None = None,
     terminal: IO[str] | None = None,
 ) -> Status:
@@ -95,14 +108,16 @@ def run_ranks(
     second SIGINT, they are killed. No process of the launch is alive on return, and none outlives this process.
 
     Args:
-        ranks, launch, run_dir, target, lock, terminal: as of `Launch`.
+        ranks, launch, run_dir, target, name, lock, terminal: as of `Launch`.
 
     Raises:
         OSError: the log cannot be written.
+        ConfigError: this node does not find its way to the others (`join_nodes`).
     """
+    node = join_nodes(launch) if ranks.nnodes > 1 else None
     with (
         StopSignals() as signals,
-        Launch(ranks, launch, run_dir, target, lock=lock, terminal=terminal) as started,
+        Launch(ranks, launch, run_dir, target, node=node, name=name, lock=lock, terminal=terminal) as started,
     ):
         while (status := started.poll()) is None:
             if signals.interrupts >= 2:
@@ -125,6 +140,8 @@ class Launch:
         launch: of the run.
         run_dir: the run folder; the launcher's own words go to its ``logs/`` (`launcher_log`).
         target: module and arguments of each rank.
+        node: this one among several; None for a run on one.
+        name: by which nodes know that they start the same thing; None for the run folder, which they share.
         lock: descriptor to hand to the launcher, so that the folder stays locked while ranks live.
         terminal: where rank 0 speaks to people; None for this process's standard output.
         environment: variables beside those of this process.
@@ -141,6 +158,8 @@ class Launch:
         run_dir: Path,
         target: Sequence[str],
         *,
+        node: Node | None = None,
+        name: str | None = None,
         lock: int | None = None,
         terminal: IO[str] | None = None,
         environment: Mapping[str, str] | None = None,
@@ -152,27 +171,30 @@ class Launch:
         self._log = launcher_log(run_dir, ranks.nnodes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._earlier = read_status(run_dir)
-        self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        self._among_others, self._next_look = node is not None, 0.0
+        users = {**os.environ, **(environment or {})}
+        sets, lines = without_users(rank_environment(ranks.threads, run_dir, node), users)
+        with open(self._log, "a", encoding="utf-8") as log_of_sets:
+            log_of_sets.writelines(f"{line}\n" for line in lines)
+        if node is not None:
+            print("\n".join(lines), file=sys.stderr)
+        self._log_start = self._log.stat().st_size
         parent = os.getpid()
 
         def become_ours() -> None:
             die_with_parent(parent)
+            # SLURM signals every process of a step, and torchrun would die of this one: its parent answers for it.
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             if cores:
                 os.sched_setaffinity(0, cores)
 
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                torchrun_command(ranks, launch, run_dir, target),
+                torchrun_command(ranks, launch, name or str(run_dir), target, node),
                 stdin=subprocess.DEVNULL,
                 stdout=terminal,
                 stderr=log,
-                env={
-                    **os.environ,
-                    **(environment or {}),
-                    LAUNCH_ID: self._id,
-                    "OMP_NUM_THREADS": str(ranks.threads),
-                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                },
+                env={**users, **sets, LAUNCH_ID: self._id},
                 start_new_session=True,  # a terminal's Ctrl-C reaches this process alone
                 pass_fds=() if lock is None else (lock,),
                 preexec_fn=become_ours,
@@ -196,6 +218,8 @@ class Launch:
             return self._end()
         if ended:  # an ended launcher's ranks get the same time to leave
             self._start_to_wait()
+        elif self._stop == "none" and self._stopped_elsewhere():
+            self.stop()  # else torchrun would wait for the other nodes to come back
         late = self._deadline is not None and time.monotonic() > self._deadline
         if late and self._stop == "asked":
             self._stop = "late"
@@ -213,6 +237,14 @@ class Launch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _stopped_elsewhere(self) -> bool:
+        """Whether the run was stopped and saved at another node's request; looked for once in `LOOK_S`."""
+        if not self._among_others or time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + LOOK_S
+        status = read_status(self._run_dir)
+        return status is not None and status != self._earlier and status.reason == "preempted"
 
     def _start_to_wait(self) -> None:
         if self._deadline is None:
@@ -316,6 +348,8 @@ def conclude(
         return write_status(run_dir, "preempted", message, what_to_do=_how_to_go_on(run_dir))
     if failure is None:
         return _launcher_failed(run_dir, said, launch)
+    if status is None and failure.exit_code in (ExitCode.CONFIG, ExitCode.ENVIRONMENT):
+        return _refused(failure.exit_code, said)
     checkpoint = last_good_checkpoint(run_dir)
     if by_signal:
         message = f"Rank {failure.rank} was ended by {failure.signal_name}."
@@ -360,15 +394,31 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
     last = text[-1] if text else "torchrun ended without a word"
     if re.search(r"EADDRINUSE|[Aa]ddress already in use", said):
         message = f"launch.rendezvous = {launch.rendezvous!r} is taken by another program."
-        remedy = "Set launch.rendezvous to a free port of the first node."
+        remedy = (
+            "Set launch.rendezvous to a free port of the first node; where nodes share a machine, "
+            "launch.holds_rendezvous to false on all but one."
+        )
         return write_status(run_dir, "io", message, what_to_do=remedy)
-    if re.search(r"Rendezvous\w*Error|RendezvousTimeout", said):
-        message = f"The nodes did not meet at launch.rendezvous = {launch.rendezvous!r}: {last}"
+    if re.search(r"Rendezvous\w*Error|RendezvousTimeout|Dist(?:Network|Store)Error", said):
+        logs = sorted((run_dir / "logs").glob("launcher_*.log"))
+        came = ", ".join(log.stem.removeprefix("launcher_") for log in logs)
+        message = (
+            f"{launch.nnodes} nodes did not meet at launch.rendezvous = {launch.rendezvous!r}, or the node that holds "
+            f"it is gone. Nodes that have ever started this run: {came or 'none'}. {last}"
+        )
         remedy = "See that all nodes run the same command, and that they reach the first node's address and port."
         return write_status(run_dir, "io", message, what_to_do=remedy)
     return write_status(
         run_dir, "bug", f"The launcher failed: {last}", what_to_do=f"See {launcher_log(run_dir, launch.nnodes)}."
     )
+
+
+def _refused(exit_code: int, said: str) -> Status:
+    """Rank 0 would not begin. Nothing is written: the folder may be another run's."""
+    start = "moedist train: "
+    lines = [line.removeprefix(start) for line in said.splitlines() if line.startswith(start)]
+    reason: Reason = "config" if exit_code == ExitCode.CONFIG else "io"
+    return Status(reason, exit_code, "\n".join(lines) or "Rank 0 refused to begin; its node's launcher log says why.")
 
 
 def _unwritten(run_dir: Path, error: OSError) -> Status:

@@ -10,18 +10,26 @@ Three ways in:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import hashlib
+import io
+import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+import moedist
 from moedist.cli.main import main as run_command
 from moedist.cli.main import refuse
 from moedist.cli.train import refuse_multirun
 from moedist.config import ConfigError
+
+if TYPE_CHECKING:
+    from moedist.mesh import Axis
 
 MEETING_S = 600.0
 """Seconds that ranks wait for rank 0's configuration: it may read much data first."""
@@ -69,6 +77,7 @@ def run_composed(overrides: Sequence[str]) -> int:
     from moedist.launch.saved import decode_saved
     from moedist.mesh import Axis, close_mesh
     from moedist.mesh.collectives import broadcast_json
+    from moedist.mesh.restart import restarted
 
     # Both backends: join_mesh adopts this group, and which device the ranks use is not known yet.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -76,9 +85,13 @@ def run_composed(overrides: Sequence[str]) -> int:
     try:
         group = dist.distributed_c10d._get_default_group()
         everyone = Axis("dp", dist.get_world_size(), dist.get_rank(), group.group_name)
-        decision = _decide(overrides, everyone.size) if everyone.rank == 0 else None
-        decision = broadcast_json(decision, everyone, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        again, strangers = restarted(everyone, cpu), _strangers(overrides, everyone)
+        decision = _decide(overrides, everyone.size, again, strangers) if everyone.rank == 0 else None
+        decision = broadcast_json(decision, everyone, cpu)
         if "exit_code" in decision:
+            if os.environ["LOCAL_RANK"] == "0":  # each node's launcher has its own log
+                print(decision["said"], file=sys.stderr)
             return int(decision["exit_code"])
         run_dir = Path(decision["run_dir"])
         return _run(decode_saved(decision["mapping"]), run_dir, _redirect(run_dir))
@@ -86,24 +99,55 @@ def run_composed(overrides: Sequence[str]) -> int:
         close_mesh()
 
 
-def _decide(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
-    """Rank 0's part: the run's folder and configuration, or the exit code that all ranks leave with."""
+def _strangers(overrides: Sequence[str], everyone: Axis) -> list[int]:
+    """Ranks that were given other arguments than rank 0, or run another moedist. Called by all ranks.
+
+    How a node starts its ranks (``launch``) is its own affair.
+    """
+    import torch
+
+    from moedist.mesh.collectives import all_gather
+
+    given = [moedist.__version__, *(text for text in overrides if not text.startswith("launch."))]
+    digest = torch.tensor(list(hashlib.sha256(json.dumps(given).encode()).digest()), dtype=torch.uint8)
+    digests = all_gather(digest, everyone)
+    return (digests != digests[0]).any(dim=1).nonzero().flatten().tolist()
+
+
+def _decide(
+    overrides: Sequence[str], world_size: int, again: bool = False, strangers: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Rank 0's part: the run's folder and configuration, or the exit code that all ranks leave with.
+
+    Args:
+        again: the launcher has started the ranks again, so the folder is theirs already.
+        strangers: ranks that do not run the same.
+    """
     from moedist.launch.compose import compose
     from moedist.launch.folder import claim_folder
     from moedist.launch.node_groups import follow_nodes
     from moedist.launch.validate import validate
 
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
-        composed = compose([*overrides, "run.resume=auto"] if restarted else overrides)
+        if strangers:
+            raise ConfigError(
+                "ranks",
+                list(strangers),
+                "were given other arguments than rank 0, or run another version of moedist",
+                "Run the same line and the same moedist on every node; launch.* alone may differ.",
+            )
+        composed = compose([*overrides, "run.resume=auto"] if again else overrides)
         composed = follow_nodes(composed, int(os.environ["LOCAL_WORLD_SIZE"]))
         validate(composed.config, composed.mapping, world_size)
         claim = claim_folder(composed.config.run, composed.mapping)  # locked until this process ends
     except ConfigError as error:
-        return {"exit_code": refuse("train", error)}
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            exit_code = refuse("train", error)
+        return {"exit_code": exit_code, "said": said.getvalue().rstrip()}
     except BaseException:
-        traceback.print_exc()
-        return {"exit_code": 1}  # the others must not wait for a configuration that never comes
+        # the others must not wait for a configuration that never comes
+        return {"exit_code": 1, "said": traceback.format_exc()}
     return {"mapping": composed.mapping, "run_dir": str(claim.path)}
 
 

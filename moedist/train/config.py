@@ -47,6 +47,11 @@ class LaunchConfig(Config):
         nproc: ranks on this node; None for one per GPU, or one per core up to 4 where there is none.
         nnodes: number of nodes; more than one can only be started with ``rendezvous``.
         rendezvous: host:port that all nodes can reach; None on a single node.
+        local_addr: address by which other nodes reach this one; None for the one from which packets to the rendezvous
+            leave.
+        holds_rendezvous: whether the ranks meet on this node; None for whether it has the rendezvous' address. Nodes
+            that share a machine must say it.
+        meet_within_s: seconds that a node waits for the others, at the start and after a failure.
         threads: OMP threads of each rank; None for cores / ranks.
         max_restarts: how often a failed group of ranks is started again from its last good checkpoint.
         stop_after_s: seconds that ranks get to save and leave after a signal before they are killed.
@@ -55,6 +60,9 @@ class LaunchConfig(Config):
     nproc: int | None = None
     nnodes: int = 1
     rendezvous: str | None = None
+    local_addr: str | None = None
+    holds_rendezvous: bool | None = None
+    meet_within_s: float = 600.0
     threads: int | None = None
     max_restarts: int = 0
     stop_after_s: float = 25.0
@@ -68,6 +76,9 @@ class LaunchConfig(Config):
             self.threads is None or self.threads >= 1, "threads", self.threads, "is no thread count", "Set 1 or more."
         )
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "is negative", "Set it to 0 or more.")
+        for key in ("meet_within_s", "stop_after_s"):
+            value = getattr(self, key)
+            require(value > 0, key, value, "is not a duration", "Set it to a positive number of seconds.")
 
     def check_start(self) -> None:
         """Raises `ConfigError` where ranks could not be started so; a plan of them needs less."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -11,15 +13,14 @@ from types import TracebackType
 import torch
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 from moedist.log.run_log import RunLog
 from moedist.mesh import Mesh
+from moedist.train import flight_recorder
 from moedist.train.checkpoint import CheckpointError, DiskError
 from moedist.train.status import EXIT_CODES, Reason, read_status, write_status
 from moedist.train.trainer import NonFiniteError, Progress
-from moedist.train.watchdog import who_is_missing
-
-NO_FIT = 3
-"""Exit code of a run that its devices' memory cannot hold."""
+from moedist.train.watchdog import INTERVAL_S, SILENT_S, silent_ranks, who_is_missing
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|peer", re.IGNORECASE)
 _REMEDY: dict[Reason, str] = {
@@ -61,6 +62,7 @@ class Ending:
         self.exit_code = EXIT_CODES[reason]
 
     def __enter__(self) -> Ending:
+        flight_recorder.forget(self.run_dir, self.mesh.dp.rank)
         return self
 
     def __exit__(
@@ -77,6 +79,8 @@ class Ending:
         known = read_status(self.run_dir)
         if known is None or (known.reason == "peer_lost" and reason != "peer_lost"):
             self._write(reason, message, self.exit_code)
+        if reason == "peer_lost":
+            self._record()
         self._close("failed")
         return True
 
@@ -85,7 +89,7 @@ class Ending:
         reason: Reason = "bug"
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, torch.OutOfMemoryError):
-            return "config", f"The run does not fit: {error}", NO_FIT
+            return "config", f"The run does not fit: {error}", ExitCode.NO_FIT
         if isinstance(error, ConfigError):
             reason, message = "config", str(error)
         elif isinstance(error, DataChangedError):
@@ -100,9 +104,26 @@ class Ending:
             reason = "io"
         elif isinstance(error, RuntimeError) and _LOST.search(str(error)):
             reason = "peer_lost"
-            missing = who_is_missing(self.run_dir / "logs", self.mesh.dp.size)
+            missing = self._find_missing()
             message = f"{missing} ({str(error).splitlines()[0]})"
         return reason, message, EXIT_CODES[reason]
+
+    def _find_missing(self) -> str:
+        """Who is missing. A node that is lost falls silent only `SILENT_S` later, so with several nodes it is waited
+        for, unless the launcher of the node where a rank was killed has told the cause meanwhile."""
+        logs, size = self.run_dir / "logs", self.mesh.dp.size
+        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) < size:
+            deadline = time.monotonic() + SILENT_S + 2 * INTERVAL_S
+            while not silent_ranks(logs, size) and read_status(self.run_dir) is None and time.monotonic() < deadline:
+                time.sleep(INTERVAL_S)
+        return who_is_missing(logs, size)
+
+    def _record(self) -> None:
+        """Leaves what this rank asked of the others last."""
+        try:
+            flight_recorder.dump(self.run_dir, self.mesh.dp.rank)
+        except (OSError, RuntimeError, AttributeError) as failure:  # torch keeps it private
+            print(f"the flight recorder cannot be written: {failure}", file=sys.stderr)
 
     def _write(self, reason: Reason, message: str, exit_code: int) -> None:
         good = self.run_dir / "checkpoints" / "latest"
@@ -116,10 +137,14 @@ class Ending:
                 rank=None if reason in ("done", "preempted") else self.mesh.dp.rank,
                 step=None if self.progress is None else self.progress.step,
                 last_good_checkpoint=latest,
-                what_to_do=_REMEDY[reason],
+                what_to_do=self._what_to_do(reason),
             )
         except OSError as failure:
             print(f"status.json cannot be written: {failure}", file=sys.stderr)
+
+    def _what_to_do(self, reason: Reason) -> str:
+        how = flight_recorder.how_to_read(self.run_dir) if reason == "peer_lost" else ""
+        return f"{_REMEDY[reason]} {how}".strip()
 
     def _close(self, status: str) -> None:
         if self.log is not None:

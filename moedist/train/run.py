@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import RunInfo
 from moedist.mesh import Mesh
 from moedist.mesh.collectives import broadcast_json
+from moedist.mesh.restart import restarted
 from moedist.mesh.slow import slow_axis
 from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.token_choice import group_notes
@@ -60,7 +60,7 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
             run_dir / CHECKPOINTS, slow_axis(mesh, config.mesh.save_timeout_s), config.checkpoint.keep
         )
         store.prepare()
-        found = find_checkpoint(config, store)
+        found = find_checkpoint(config, store, restarted(mesh.dp, mesh.device))
         progress = Progress(run_id=choose_run_id(found, run_dir, mesh))
         meta = {
             "config": written_config(run_dir),
@@ -126,14 +126,14 @@ def make_watchdog(config: RunConfig, run_dir: Path, mesh: Mesh) -> Watchdog:
     return Watchdog(run_dir / "logs", mesh.dp.rank, config.mesh.timeout_s + WATCHDOG_MARGIN_S)
 
 
-def find_checkpoint(config: RunConfig, store: CheckpointStore) -> Path | None:
+def find_checkpoint(config: RunConfig, store: CheckpointStore, again: bool = False) -> Path | None:
     """The checkpoint to go on from; None for a fresh start. Called by all ranks.
 
-    A group of ranks that the launcher has started again goes on from the run's own newest checkpoint, whatever
-    ``run.resume`` says.
+    Args:
+        again: a group of ranks that the launcher has started again goes on from the run's own newest checkpoint,
+            whatever ``run.resume`` says.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    own = store.newest() if restarted or config.run.resume == "auto" else None
+    own = store.newest() if again or config.run.resume == "auto" else None
     if own is not None or config.run.resume in ("never", "auto"):
         return own
     path = Path(config.run.resume).expanduser()

@@ -9,23 +9,24 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
+from moedist.config.exit_codes import ExitCode
+
 Reason = Literal["done", "config", "data", "checkpoint", "io", "nonfinite", "peer_lost", "bug", "preempted"]
 
 STATUS = "status.json"
 
 EXIT_CODES: dict[Reason, int] = {
-    "done": 0,
-    "config": 2,
-    "data": 5,
-    "checkpoint": 5,
-    "io": 4,
-    "nonfinite": 5,
-    "peer_lost": 5,
-    "bug": 5,
-    "preempted": 75,
+    "done": ExitCode.DONE,
+    "config": ExitCode.CONFIG,
+    "data": ExitCode.RANK_FAILED,
+    "checkpoint": ExitCode.RANK_FAILED,
+    "io": ExitCode.ENVIRONMENT,
+    "nonfinite": ExitCode.RANK_FAILED,
+    "peer_lost": ExitCode.RANK_FAILED,
+    "bug": ExitCode.RANK_FAILED,
+    "preempted": ExitCode.PREEMPTED,
 }
-"""What the command returns for each reason, where ranks had started. 2: configuration; 4: environment or disk; 5: a
-rank failed; 75: preempted and saved (sysexits' EX_TEMPFAIL: schedulers may start the run again)."""
+"""What the command returns for each reason, where ranks had started."""
 
 
 @dataclasses.dataclass(frozen=True)

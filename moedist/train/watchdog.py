@@ -177,6 +177,12 @@ def who_is_missing(folder: Path, world_size: int, wall: Callable[[], float] = ti
     return "; ".join(lines) or everywhere
 
 
+def silent_ranks(folder: Path, world_size: int, wall: Callable[[], float] = time.time) -> list[int]:
+    """Ranks that have fallen silent: their process, machine or way to the disk is gone."""
+    beats = [_read(heartbeat_path(folder, rank)) for rank in range(world_size)]
+    return [beat.rank for beat in beats if beat is not None and wall() - beat.written > SILENT_S]
+
+
 def _behind(alive: list[Heartbeat]) -> list[Heartbeat]:
     """Those in the lowest step, or in the oldest phase of the one step; none where all do the same."""
     if len({(beat.step, beat.phase) for beat in alive}) <= 1:

@@ -13,8 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from moedist.launch.nodes import Node
 from moedist.launch.process import LAUNCH_ID
-from moedist.launch.start import Failure, Ranks, conclude, first_failure, plan_ranks, run_ranks, torchrun_command
+from moedist.launch.start import (
+    Failure,
+    Launch,
+    Ranks,
+    conclude,
+    first_failure,
+    plan_ranks,
+    run_ranks,
+    torchrun_command,
+)
 from moedist.train.config import LaunchConfig
 from moedist.train.status import read_status, write_status
 
@@ -227,20 +237,43 @@ def test_what_ranks_said_is_kept_except_who_was_killed(tmp_path: Path):
     assert "after the run was done" in status.message
 
 
+def test_what_rank_0_refuses_keeps_its_code_and_writes_nothing(tmp_path: Path):
+    said = "moedist train: run.dir = 'x' holds a run already. Name another run.dir.\n" + REPORT.format(code=2)
+    status = conclude(tmp_path, 1, said, "none", LaunchConfig(), None)
+    assert (status.reason, status.exit_code) == ("config", 2)
+    assert status.message == "run.dir = 'x' holds a run already. Name another run.dir."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_follows_when_another_one_was_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torchrun would start ranks again that have saved and left; the parent of every node stops it."""
+    monkeypatch.setattr("moedist.launch.start.torchrun_command", lambda *args: ["sleep", "1000"])
+    monkeypatch.setattr("moedist.launch.start.LOOK_S", 0.0)
+    write_status(tmp_path, "preempted", "At an earlier start.", step=1)
+    with Launch(RANKS, LaunchConfig(), tmp_path, ["m"], node=Node("127.0.0.1", "lo", True)) as launch:
+        assert launch.poll() is None and launch.poll() is None
+        write_status(tmp_path, "preempted", "Asked to stop after step 3; saved.", step=3)
+        wait_for(lambda: (status := launch.poll()) is not None and status.exit_code == 75)
+
+
 def test_stopped_before_the_first_step(tmp_path: Path):
     status = conclude(tmp_path, 1, REPORT.format(code=-15), "asked", LaunchConfig(), None)
     assert (status.reason, status.exit_code) == ("preempted", 75)
 
 
 def test_torchrun_command():
-    one = torchrun_command(RANKS, LaunchConfig(max_restarts=2), Path("/run"), ["m", "x=1"])
+    one = torchrun_command(RANKS, LaunchConfig(max_restarts=2), "/run", ["m", "x=1"])
     assert one[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert {"--nnodes=1", "--nproc-per-node=2", "--max-restarts=2", "--rdzv-endpoint=127.0.0.1:0"} <= set(one)
     assert one[-3:] == ["-m", "m", "x=1"]
     many = LaunchConfig(nnodes=3, rendezvous="node:29400")
-    commands = [torchrun_command(Ranks(8, 3, 1), many, Path("/run"), ["m"]) for _ in range(2)]
-    assert commands[0] == commands[1], "nodes of one run must agree on the rendezvous"
-    assert "--rdzv-endpoint=node:29400" in commands[0]
+    places = [Node("10.0.0.1", "eth0", True), Node("10.0.0.2", "eth0", False)]
+    commands = [torchrun_command(Ranks(8, 3, 1), many, "/run", ["m"], place) for place in places]
+    first, second = map(set, commands)
+    assert {"--rdzv-endpoint=node:29400", "--nnodes=3"} <= first & second, "nodes of one run must agree"
+    assert first - second == {"--local-addr=10.0.0.1", "--rdzv-conf=is_host=1,join_timeout=600"}
+    assert second - first == {"--local-addr=10.0.0.2", "--rdzv-conf=is_host=0,join_timeout=600"}
+    assert torchrun_command(Ranks(8, 3, 1), many, "/other", ["m"], places[0]) != commands[0]
 
 
 def test_plan_ranks():
