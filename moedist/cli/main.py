@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import sys
 import time
 import warnings
@@ -61,9 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments of one command. ``key=value`` may stand anywhere between the flags."""
+    """Arguments of one command. ``key=value`` may stand anywhere between the flags, as ``--key=value`` too: so sweep
+    agents write it.
+    """
     parser = build_parser()
     args, rest = parser.parse_known_args(list(argv))
+    if hasattr(args, "overrides"):
+        rest = [re.sub(r"^--(?=[\w./]+=)", "", text) for text in rest]
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
     if stray:
         parser.error(f"unknown arguments for {args.command}: {' '.join(stray)} (see moedist {args.command} --help)")

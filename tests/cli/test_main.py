@@ -63,6 +63,8 @@ def test_the_heart_imports_nothing_of_the_house_around_it():
 def test_overrides_and_flags_may_be_mixed():
     args = parse(["train", "a=1", "--json", "~b.c", "--dry-run", "+d=2"])
     assert args.overrides == ["a=1", "~b.c", "+d=2"] and args.json and args.dry_run
+    args = parse(["train", "--moe.capacity.factor=1.0", "--moe/router=topk", "--json"])
+    assert args.overrides == ["moe.capacity.factor=1.0", "moe/router=topk"] and args.json
 
 
 def test_unknown_flags_are_refused(capsys: Output):

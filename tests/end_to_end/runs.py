@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,20 @@ class Command:
             time.sleep(0.02)
 
 
-def start(folder: Path, *arguments: str, gate: int | None = None, root: Path = ROOT) -> Command:
-    """``moedist <arguments>`` as a user without a W&B key; ``gate``: the step at which it waits."""
+def start(folder: Path, *arguments: str, gate: int | None = None, before: Sequence[Path] = ()) -> Command:
+    """``moedist <arguments>`` as a user without a W&B key.
+
+    Args:
+        gate: the step at which it waits.
+        before: folders of modules that come before all others.
+    """
     for mark in ("gate_reached", "gate_open"):
         (folder / mark).unlink(missing_ok=True)
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "OUTSIDE_"))}
     environment = kept | {
-        "PYTHONPATH": os.pathsep.join([str(root), str(PLUGINS)]),
+        "PYTHONPATH": os.pathsep.join(map(str, [*before, ROOT, PLUGINS])),
         "HOME": str(home),
         "NETRC": str(home / ".netrc"),
         "WANDB_BASE_URL": "http://127.0.0.1:9",

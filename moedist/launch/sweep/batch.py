@@ -79,7 +79,7 @@ class Batches:
         self._run_all(list(jobs.values()))
         if self.signals.count:
             raise SweepStopped
-        return [self._result(overrides, record) for overrides, record in zip(batch, records, strict=True)]
+        return [self._result(record) for record in records]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[JobRecord, Job | None]:
         """The record of these overrides' job, and what to run of it: nothing where it has been done or cannot be."""
@@ -214,9 +214,9 @@ class Batches:
         self.record.write()
         self.say(f"job {record.describe_failure()}")
 
-    def _result(self, overrides: Sequence[str], record: JobRecord) -> JobReturn:
+    def _result(self, record: JobRecord) -> JobReturn:
         """What the sweeper hears: one number, or a tuple of them; of a failed job an error, if it can bear one."""
-        returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+        returned = JobReturn(overrides=record.overrides, status=JobStatus.COMPLETED)
         values = record.values or [math.nan] * len(self.settings.terms)
         returned.return_value = values[0] if len(values) == 1 else tuple(values)
         if record.state == "FAILED" and self.bears_failures:

@@ -59,7 +59,7 @@ class JobRecord:
     def describe_failure(self) -> str:
         """One line."""
         where = "" if self.log is None else f" See {self.log}."
-        return f"{self.run_dir}: FAILED with exit code {self.exit_code}: {self.message}{where}"
+        return f"{self.run_dir}: FAILED with exit code {self.exit_code}: {self.message.rstrip('.')}.{where}"
 
     @property
     def seconds(self) -> float | None:
