@@ -12,6 +12,7 @@ import dataclasses
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
@@ -38,6 +40,9 @@ ROOT = "config"
 """Name of the root of conf/."""
 
 MARK = "<from the environment>"
+
+BEHAVIOUR: Any = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+"""Which version's behaviour Hydra shall have: 1.3 asks, 1.4 has one only and warns of the answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +225,7 @@ def open_conf(parsed: Sequence[Override]) -> Iterator[list[str]]:
     if plugins:
         fixed.append(f"plugins=[{','.join(plugins)}]")
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf_folder()), job_name="moedist", version_base="1.3"):
+    with hydra.initialize_config_dir(str(conf_folder()), job_name="moedist", **BEHAVIOUR):
         yield fixed
 
 
@@ -243,12 +248,22 @@ def find_groups(config_class: type[Config] = RunConfig, key: str = "", plugins: 
 
 def register_defaults(plugins: Sequence[str] = ()) -> None:
     """Puts the defaults of the run and of each choice into Hydra's store as plain mappings."""
-    store = ConfigStore.instance()
-    store.store(name="run_defaults", node=default_mapping(RunConfig, ""))
+    register(None, "run_defaults", default_mapping(RunConfig, ""))
     for group in find_groups(plugins=plugins):
         for kind, choice in list_choices(group.base, plugins).items():
             node = {"kind": kind, **default_mapping(choice, group.base.path)}
-            store.store(group=group.name, name=f"{kind}_defaults", node=node)
+            register(group.name, f"{kind}_defaults", node)
+
+
+def register(group: str | None, name: str, node: dict[str, Any]) -> None:
+    """Puts plain mappings into Hydra's store, once: it warns of what is stored again."""
+    store = ConfigStore.instance()
+    try:
+        stored = store.load(f"{group}/{name}.yaml" if group else f"{name}.yaml").node
+    except ConfigLoadError:
+        stored = None
+    if stored is None or OmegaConf.to_container(stored) != node:
+        store.store(group=group, name=name, node=node)
 
 
 def default_mapping(config_class: type[Config], key: str) -> dict[str, Any]:
@@ -416,11 +431,13 @@ def _without_secrets(composed: DictConfig, resolved: Any) -> Any:
     def mark(key: str, default: object = None) -> str:
         return MARK
 
-    OmegaConf.register_new_resolver("oc.env", mark, replace=True)
-    try:
-        marked = OmegaConf.to_container(composed, resolve=True)
-    finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="register_new_resolver", category=UserWarning)  # its name in 2.3
+        OmegaConf.register_new_resolver("oc.env", mark, replace=True)
+        try:
+            marked = OmegaConf.to_container(composed, resolve=True)
+        finally:
+            OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
     def choose(raw: Any, value: Any, marked_value: Any) -> Any:
         if isinstance(raw, dict):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from hydra.core.config_store import ConfigStore
-
-from moedist.launch.compose import default_mapping
+from moedist.launch.compose import default_mapping, register
 from moedist.launch.sweep.settings import SweepConfig
 from moedist.launch.sweep.torchrun import TorchrunConfig
 
 PLUGIN = "hydra_plugins.moedist_launchers.SweepLauncher"
+
 LAUNCHERS: dict[str, type[SweepConfig]] = {"torchrun": TorchrunConfig}
 
 
 def register_launchers() -> None:
     """Makes the launchers known to Hydra, each with its settings' defaults."""
     for name, settings in LAUNCHERS.items():
-        node = {
-            "_target_": "hydra_plugins.moedist_launchers.SweepLauncher",
-            **default_mapping(settings, "hydra.launcher"),
-        }
-        ConfigStore.instance().store(group="hydra/launcher", name=name, node=node)
+        register("hydra/launcher", name, {"_target_": PLUGIN, **default_mapping(settings, "hydra.launcher")})
