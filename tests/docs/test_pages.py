@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -15,7 +16,8 @@ import torch
 from moedist.cli.doctor import CHECKS
 from moedist.cli.main import parse
 from moedist.launch.choices import list_choices
-from moedist.launch.compose import compose, compose_yaml, default_mapping, find_groups
+from moedist.launch.compose import compose, compose_yaml, default_mapping, find_groups, parse_overrides
+from moedist.launch.sweep.launchers import LAUNCHERS
 from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
 from moedist.moe.plan import DROP_REASONS
 from moedist.train.config import RunConfig
@@ -62,6 +64,7 @@ def known_metrics() -> set[str]:
 
 
 KEYS, METRICS = known_keys(), known_metrics()
+SETTINGS = {f"hydra.launcher.{field.name}" for launcher in LAUNCHERS.values() for field in dataclasses.fields(launcher)}
 FIELDS = {key for key in KEYS if "." not in key}
 
 
@@ -78,6 +81,7 @@ def test_links_lead_to_files(page: Path):
 def test_quoted_keys_exist(page: Path):
     for text in quoted(page):
         key = text.partition("=")[0]
+        assert not key.startswith("hydra.launcher.") or key in SETTINGS, f"{name_of(page)} speaks of {key}"
         if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", key) and key.partition(".")[0] in FIELDS:
             assert key in KEYS, f"{name_of(page)} speaks of {key}"
 
@@ -102,6 +106,18 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
+def check_sweep(overrides: list[str], page: str) -> list[str]:
+    """The overrides of a sweep's jobs; those of the sweep itself, and the fixed ones, are right."""
+    parsed = parse_overrides(overrides, several=True)
+    of_hydra = [override for override in parsed if override.key_or_group.startswith("hydra")]
+    for override in of_hydra:
+        key = override.key_or_group
+        assert key.startswith(("hydra/", "hydra.sweeper.")) or key in SETTINGS, f"{page}: {key}"
+    of_jobs = [override for override in parsed if override not in of_hydra]
+    compose([str(override.input_line) for override in of_jobs if not override.is_sweep_override()])
+    return [str(override.input_line) for override in of_jobs]
+
+
 @each_page
 def test_commands_are_understood(page: Path):
     for command in commands(page):
@@ -112,7 +128,9 @@ def test_commands_are_understood(page: Path):
         overrides = getattr(args, "overrides", [])
         if any(text.startswith("plugins=") for text in overrides):
             continue  # tests/docs/test_adding.py runs it
-        if args.command == "train":
+        if args.command == "train" and args.multirun:
+            overrides = check_sweep(overrides, name_of(page))
+        elif args.command == "train":
             compose_yaml(overrides) if args.cfg else compose(overrides)
         for text in overrides:
             if args.command == "doctor" and (text in CHECKS or text.startswith("runs/")):

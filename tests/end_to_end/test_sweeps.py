@@ -150,7 +150,8 @@ def test_optuna_prunes_and_goes_on_from_its_storage(tmp_path: Path):
             assert "train.optimizer.experts_lr=1e-09" in job["overrides"]
             assert json.loads((command.folder / job["run_dir"] / "status.json").read_text())["reason"] == "preempted"
 
-    again = sweep(command.folder, *study, "hydra.sweeper.n_trials=1", *space, resume="auto")
+    more = ("hydra.sweeper.n_trials=1", "hydra.sweeper.sampler.seed=3")  # the first seed would ask for the first trials
+    again = sweep(command.folder, *study, *more, *space, resume="auto")
     exit_code, out, err = again.wait(300)
     assert exit_code == 0, err
     import optuna
