@@ -28,11 +28,11 @@ class SlurmConfig(SweepConfig):
 
     Attributes:
         script: what sbatch is given, from the working directory, which all nodes share.
-        options: of sbatch (``[--time=4:00:00,--gpus-per-node=4]``); they win over the script's own.
+        options: of sbatch (``{time: 4:00:00, gpus-per-node: 4}``); they win over the script's own.
     """
 
     script: str = "launch/slurm.sbatch"
-    options: tuple[str, ...] = ()
+    options: dict[str, str | int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +47,7 @@ class SlurmConfig(SweepConfig):
             "is no file here",
             "Start the sweep in the checkout, or name a copy of launch/slurm.sbatch.",
         )
-        return Slurm(self.script, self.options)
+        return Slurm(self.script, [f"--{name}={value}" for name, value in self.options.items()])
 
 
 class Slurm:

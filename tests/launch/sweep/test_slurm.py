@@ -132,7 +132,7 @@ def test_two_jobs_of_a_cluster_one_fails(cluster: Slurm, tmp_path: Path):
     variables = environment(tmp_path / "home") | {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
     variables["PATH"] += ":/usr/sbin"
     command = [sys.executable, "-m", "moedist", "train", "-m", "hydra/launcher=slurm", f"run.dir={folder}", *TINY]
-    command += ["hydra.launcher.options=[--gpus-per-node=0,--cpus-per-task=2,'--time=0:20:00']", "launch.nnodes=1"]
+    command += ["hydra.launcher.options={gpus-per-node: 0, cpus-per-task: 2, time: 0:20:00}", "launch.nnodes=1"]
     command += ["train.steps=8", "train.eval_every=4", "train.optimizer.experts_lr=1e-3,1e20"]
     ended = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert ended.returncode == 5, ended.stdout + ended.stderr
