@@ -151,10 +151,19 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def is_open(launch: LaunchConfig, node: Node) -> bool:
+    """Whether the rendezvous answers; the node that holds it need not ask."""
+    try:
+        _check_open(launch, node)
+    except RendezvousError:
+        return False
+    return True
+
+
 def _check_open(launch: LaunchConfig, node: Node) -> None:
-    assert launch.rendezvous is not None
     if node.holds_rendezvous:
         return
+    assert launch.rendezvous is not None
     try:
         socket.create_connection(split_endpoint(launch.rendezvous), RETRY_S).close()
     except OSError as error:

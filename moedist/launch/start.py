@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 from moedist.config.exit_codes import ExitCode
 from moedist.launch.environment import rank_environment, without_users
-from moedist.launch.nodes import Node, join_nodes
+from moedist.launch.nodes import Node, is_open, join_nodes
 from moedist.launch.process import LAUNCH_ID, die_with_parent, kill_launch, launch_processes
 from moedist.train.status import EXIT_CODES, Reason, Status, read_status, write_status
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 POLL_S = 0.05
 LOOK_S = 1.0
 """Seconds between two looks at what other nodes have written to the shared folder."""
+LOST_S = 30.0
+"""Seconds that a node without ranks waits for a rendezvous that nobody answers at any more."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -128,8 +130,9 @@ def run_ranks(
         return status
 
 
-Stop = Literal["none", "asked", "late", "at_once"]
-"""How a launch was stopped from outside: not, politely, killed for being late, killed at a second Ctrl-C."""
+Stop = Literal["none", "asked", "late", "at_once", "lost"]
+"""How a launch was stopped from outside: not, politely, or killed: for being late, at a second Ctrl-C, for a
+rendezvous that nobody answers at."""
 
 
 class Launch:
@@ -171,7 +174,7 @@ class Launch:
         self._log = launcher_log(run_dir, ranks.nnodes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._earlier = read_status(run_dir)
-        self._among_others, self._next_look = node is not None, 0.0
+        self._node, self._next_look, self._last_met = node, 0.0, time.monotonic()
         users = {**os.environ, **(environment or {})}
         sets, lines = without_users(rank_environment(ranks.threads, run_dir, node), users)
         with open(self._log, "a", encoding="utf-8") as log_of_sets:
@@ -218,12 +221,13 @@ class Launch:
             return self._end()
         if ended:  # an ended launcher's ranks get the same time to leave
             self._start_to_wait()
-        elif self._stop == "none" and self._stopped_elsewhere():
-            self.stop()  # else torchrun would wait for the other nodes to come back
+        elif self._stop == "none" and self._node is not None and time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK_S
+            self._look_at_others(self._node)
         late = self._deadline is not None and time.monotonic() > self._deadline
         if late and self._stop == "asked":
             self._stop = "late"
-        return self._end() if late or self._stop == "at_once" else None
+        return self._end() if late or self._stop in ("at_once", "lost") else None
 
     def close(self) -> None:
         """Kills what is left of it; harmless when done twice."""
@@ -238,13 +242,17 @@ class Launch:
     ) -> None:
         self.close()
 
-    def _stopped_elsewhere(self) -> bool:
-        """Whether the run was stopped and saved at another node's request; looked for once in `LOOK_S`."""
-        if not self._among_others or time.monotonic() < self._next_look:
-            return False
-        self._next_look = time.monotonic() + LOOK_S
+    def _look_at_others(self, node: Node) -> None:
+        """Follows other nodes where torchrun would wait for them: those that were stopped and have saved, and the one
+        that held the rendezvous, whose silence torchrun takes for slowness."""
         status = read_status(self._run_dir)
-        return status is not None and status != self._earlier and status.reason == "preempted"
+        if status is not None and status != self._earlier and status.reason == "preempted":
+            self.stop()
+        has_ranks = len(launch_processes(self._id)) > 1
+        if has_ranks or is_open(self._launch, node):
+            self._last_met = time.monotonic()
+        elif time.monotonic() - self._last_met > LOST_S:
+            self._stop = "lost"
 
     def _start_to_wait(self) -> None:
         if self._deadline is None:
@@ -347,7 +355,7 @@ def conclude(
         message = "Stopped before the first step: there was nothing to save."
         return write_status(run_dir, "preempted", message, what_to_do=_how_to_go_on(run_dir))
     if failure is None:
-        return _launcher_failed(run_dir, said, launch)
+        return _launcher_failed(run_dir, said, launch, lost=stop == "lost")
     if status is None and failure.exit_code in (ExitCode.CONFIG, ExitCode.ENVIRONMENT):
         return _refused(failure.exit_code, said)
     checkpoint = last_good_checkpoint(run_dir)
@@ -388,7 +396,7 @@ def _stopped(run_dir: Path, status: Status | None, message: str) -> Status:
     )
 
 
-def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
+def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig, *, lost: bool = False) -> Status:
     """Torchrun ended without a rank to blame: mostly it could not meet the others."""
     text = said.strip().splitlines()
     last = text[-1] if text else "torchrun ended without a word"
@@ -399,7 +407,7 @@ def _launcher_failed(run_dir: Path, said: str, launch: LaunchConfig) -> Status:
             "launch.holds_rendezvous to false on all but one."
         )
         return write_status(run_dir, "io", message, what_to_do=remedy)
-    if re.search(r"Rendezvous\w*Error|RendezvousTimeout|Dist(?:Network|Store)Error", said):
+    if lost or re.search(r"Rendezvous\w*Error|RendezvousTimeout|Dist(?:Network|Store)Error", said):
         logs = sorted((run_dir / "logs").glob("launcher_*.log"))
         came = ", ".join(log.stem.removeprefix("launcher_") for log in logs)
         message = (

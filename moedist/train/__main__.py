@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import io
@@ -136,10 +137,12 @@ def _decide(
                 "were given other arguments than rank 0, or run another version of moedist",
                 "Run the same line and the same moedist on every node; launch.* alone may differ.",
             )
-        composed = compose([*overrides, "run.resume=auto"] if again else overrides)
-        composed = follow_nodes(composed, int(os.environ["LOCAL_WORLD_SIZE"]))
-        validate(composed.config, composed.mapping, world_size)
-        claim = claim_folder(composed.config.run, composed.mapping)  # locked until this process ends
+        composed = follow_nodes(compose(overrides), int(os.environ["LOCAL_WORLD_SIZE"]))
+        config = composed.config
+        if again:
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
+        validate(config, composed.mapping, world_size)
+        claim = claim_folder(config.run, composed.mapping)  # locked until this process ends
     except ConfigError as error:
         said = io.StringIO()
         with contextlib.redirect_stderr(said):

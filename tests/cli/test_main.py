@@ -149,7 +149,8 @@ def test_1024_ranks_are_planned_on_one_machine(started: list, capsys: Output):
     said = capsys.readouterr().out
     for words in (
         "data         not ready on this machine: data.files = [] names no files.",
-        "rank 0\n  dp        0-1023 (1024)\n  ep        0-63 (64)\n  edp       0, 64, ..., 960 (16)\n",
+        "rank 0\n  dp        0-1023 (1024)\n  ep        0-63 (64)\n  ep_across 0, 8, ..., 56 (8)\n",
+        "  ep_inside 0-7 (8)\n  edp       0, 64, ..., 960 (16)\n",
         "  experts   63 of layers 0-15\n  memory    8.604 GiB: weights 2.151 GiB, gradients 2.151 GiB, optimizer",
         "rank 64\n  dp        0-1023 (1024)\n  ep        64-127 (64)\n",
         "check        all 6,919,161,856 parameters are there, each exactly once",

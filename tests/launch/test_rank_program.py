@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from moedist.launch.compose import compose
+from moedist.launch.folder import claim_folder
 from moedist.launch.saved import read_mapping
 from moedist.train import __main__ as program
 
@@ -84,3 +86,21 @@ def test_without_torchrun_it_is_the_train_command(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert program.main(["mesh.epp=1"]) == 2
     assert "moedist train: mesh.epp = 1 is not a known key. Did you mean mesh.ep?" in capfd.readouterr().err
+
+
+def test_ranks_that_were_started_again_take_their_folder_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the configuration of the first start: a branch off another run that has saved nothing yet begins there."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = [*SMALL, "experiment=null", f"run.dir={tmp_path / 'run'}"]
+    first = compose(words)
+    claim_folder(first.config.run, first.mapping).release()
+    assert "holds a run already" in program._decide(words, 2)["said"]
+    decision = program._decide(words, 2, again=True)
+    assert decision["mapping"] == read_mapping(tmp_path / "run" / "config.yaml") == first.mapping
+    assert decision["mapping"]["run"]["resume"] == "never" and not list((tmp_path / "run").glob("config_*"))
+
+
+def test_ranks_with_other_arguments_are_named(tmp_path: Path):
+    decision = program._decide(SMALL, 4, strangers=[2, 3])
+    assert decision["exit_code"] == 2
+    assert "ranks = [2, 3] were given other arguments than rank 0" in decision["said"]

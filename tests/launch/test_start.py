@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -254,6 +255,21 @@ def test_a_node_follows_when_another_one_was_asked_to_stop(tmp_path: Path, monke
         assert launch.poll() is None and launch.poll() is None
         write_status(tmp_path, "preempted", "Asked to stop after step 3; saved.", step=3)
         wait_for(lambda: (status := launch.poll()) is not None and status.exit_code == 75)
+
+
+def test_a_node_leaves_a_rendezvous_that_nobody_answers_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torchrun would wait for its silent store without end."""
+    monkeypatch.setattr("moedist.launch.start.torchrun_command", lambda *args: ["sleep", "1000"])
+    for limit in ("LOOK_S", "LOST_S"):
+        monkeypatch.setattr(f"moedist.launch.start.{limit}", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = LaunchConfig(nnodes=2, rendezvous=f"127.0.0.1:{server.getsockname()[1]}")
+    ended = []
+    with Launch(RANKS, gone, tmp_path, ["m"], node=Node("127.0.0.1", "lo", False)) as launch:
+        wait_for(lambda: ended.append(launch.poll()) or ended[-1])
+    assert (ended[-1].reason, ended[-1].exit_code) == ("io", 4)
+    assert "or the node that holds it is gone" in ended[-1].message
+    assert not alive(tmp_path)
 
 
 def test_stopped_before_the_first_step(tmp_path: Path):

@@ -195,6 +195,24 @@ def test_a_lost_node_is_named_in_bounded_time(network: Nodes, tmp_path: Path):
 
 
 @two_nodes
+def test_the_node_that_holds_the_rendezvous_is_lost(network: Nodes, tmp_path: Path):
+    """The run ends, in bounded time, also where restarts are allowed: nobody is left to meet at."""
+    timeout_s = 8
+    limits = (f"mesh.timeout_s={timeout_s}", "mesh.save_timeout_s=20", "launch.max_restarts=1")
+    cluster = start(network, tmp_path, *limits, gate=10)
+    cluster.reached()
+    (lost,) = [rank for rank in range(2) if cluster.beat(rank)["host"] == "n0"]
+    network.kill(0)
+    cluster.open_gate()
+    (end,) = cluster.ends(1)
+    assert end.exit_code in (4, 5) and "run.resume=auto" in end.err, end
+    # The time-out, silence, the launcher's patience, and slack for busy cores.
+    assert end.after_s < timeout_s + 12 + 30 + 60
+    assert f"rank {lost} (n0" in (cluster.folder / "logs" / "rank_1.log").read_text() + end.err
+    assert network.processes() == []
+
+
+@two_nodes
 def test_a_rank_that_is_killed_on_one_node_is_started_again(network: Nodes, tmp_path: Path):
     cluster = start(network, tmp_path, "launch.max_restarts=1", gate=10)
     cluster.reached()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moedist.train import watchdog
-from moedist.train.watchdog import SILENT_S, Watchdog, heartbeat_path, who_is_missing
+from moedist.train.watchdog import SILENT_S, Watchdog, heartbeat_path, silent_ranks, who_is_missing
 
 EPOCH = 1_700_000_000.0
 
@@ -145,6 +145,7 @@ def test_silent_and_absent_ranks_are_missing(tmp_path: Path) -> None:
     text = missing(tmp_path, 4, time)
     assert text.startswith("rank 2 has left no heartbeat; rank 3 has left no heartbeat; rank 1 (")
     assert text.endswith("in forward of step 18 has been silent for 11 s")
+    assert silent_ranks(tmp_path, 4, time.wall) == [1]
 
 
 def test_where_all_do_the_same_nobody_is_missing(tmp_path: Path) -> None:

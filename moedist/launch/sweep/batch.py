@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
 
@@ -15,7 +14,7 @@ from moedist.config import ConfigError, ConfigErrors, require, to_mapping
 from moedist.launch.compose import Composed, compose
 from moedist.launch.node_groups import follow_nodes
 from moedist.launch.saved import CONFIG
-from moedist.launch.start import POLL_S, StopSignals, plan_ranks, rank_log
+from moedist.launch.start import POLL_S, StopSignals, launcher_log, plan_ranks, rank_log
 from moedist.launch.sweep.job import Job, Place, RunningJob
 from moedist.launch.sweep.objective import Measured, is_above, median_of_others
 from moedist.launch.sweep.record import FINISHED, JobRecord, SweepRecord, hash_config, now
@@ -93,7 +92,7 @@ class Batches:
             return record, None
         if composed is not None:
             try:
-                return record, self._prepare(composed, record, overrides)
+                return record, self._prepare(composed, record)
             except ConfigError as refused:
                 error = refused
         assert error is not None
@@ -106,7 +105,7 @@ class Batches:
         except ConfigError as error:
             return None, error
 
-    def _prepare(self, composed: Composed, record: JobRecord, overrides: Sequence[str]) -> Job:
+    def _prepare(self, composed: Composed, record: JobRecord) -> Job:
         """Gives a configuration its folder and checks it, as `moedist train` does.
 
         Raises:
@@ -123,8 +122,7 @@ class Batches:
             check_measures(self.settings, composed.config)
         validate(composed.config, composed.mapping, ranks.world_size)
         record.state = "WAITING"
-        measured = Measured(folder / "metrics.jsonl", self.settings.terms)
-        return Job(record, composed, [*self.fixed, *overrides], ranks, measured)
+        return Job(record, composed, ranks, Measured(folder / "metrics.jsonl", self.settings.terms))
 
     def _run_all(self, jobs: Sequence[Job]) -> None:
         """Returns when all have ended, or have been stopped by a signal; none runs on."""
@@ -176,7 +174,7 @@ class Batches:
                 started.stop()
             return False
         started.close()
-        self._conclude(job, status, started.log)
+        self._conclude(job, status)
         return True
 
     def _why_prune(self, job: Job) -> str:
@@ -191,8 +189,8 @@ class Batches:
         step = max(job.measured.by_step)
         return f"Hopeless at step {step}: {min(job.measured.by_step.values()):.5g}, and the median is {median:.5g}."
 
-    def _conclude(self, job: Job, status: Status, launchers: Path) -> None:
-        """Notes how a job ended; ``launchers`` is the log to look at when no rank is to blame."""
+    def _conclude(self, job: Job, status: Status) -> None:
+        """Notes how a job ended."""
         record, measured = job.record, job.measured
         record.metrics, record.by_step, record.values = measured.latest, measured.by_step, measured.values
         record.ended, record.exit_code, record.message = now(), status.exit_code, status.message
@@ -203,7 +201,7 @@ class Batches:
         elif status.reason == "preempted":
             record.state = "STOPPED"
         else:
-            log = launchers if status.rank is None else rank_log(job.run_dir, status.rank)
+            log = launcher_log(job.run_dir, 1) if status.rank is None else rank_log(job.run_dir, status.rank)
             self._fail(record, status.message, status.exit_code, str(log))
             return
         self.record.write()
