@@ -32,6 +32,7 @@ examples:
   moedist checkpoint inspect runs/first           # what its newest checkpoint holds
   moedist doctor                                  # is this machine fit, which rank or link is slow?
   moedist doctor parity                           # do ranks compute what one device computes?
+  moedist estimate experiment=mixtral_8x7b        # memory, traffic, time and cost, without starting it
   source <(moedist completion bash)               # completes commands, flags, parts and keys
 
 exit codes:

@@ -102,10 +102,42 @@ def validate_elsewhere(config: RunConfig, mapping: Mapping[str, Any], world_size
     return Data(vocab_size, source, tuple(data_errors))
 
 
+def validate_estimate(config: RunConfig, world_size: int) -> int:
+    """Checks a configuration that nobody starts: neither its folder nor its rendezvous matter, nor its data if the
+    configuration says the number of token ids. Returns that number.
+
+    Raises:
+        ConfigErrors: all else that is wrong, at once.
+    """
+    errors, sizes = _check_layout(config, world_size), list[int]()
+    errors += _check("", lambda: sizes.append(vocab_size_of(config)))
+    if errors:
+        raise ConfigErrors(errors)
+    return sizes[0]
+
+
+def vocab_size_of(config: RunConfig) -> int:
+    """The number of token ids: as stated, or that of the opened corpus.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    return stated_vocab_size(config.data) or open_data(config.data).vocab_size
+
+
+def accepts(config: RunConfig, world_size: int) -> bool:
+    """Whether a run could lay itself out so."""
+    return not _check_layout(config, world_size)
+
+
 def _check_parts(config: RunConfig, mapping: Mapping[str, Any], world_size: int) -> list[ConfigError]:
     """What is wrong beside the data, and what depends on it."""
-    errors = check_folder(config.run, mapping)
-    errors += _check("mesh", config.mesh.check_world, world_size)
+    return check_folder(config.run, mapping) + _check_layout(config, world_size)
+
+
+def _check_layout(config: RunConfig, world_size: int) -> list[ConfigError]:
+    """What is wrong with the ranks: mesh and world, experts and mesh, batch and world, engine and step."""
+    errors = _check("mesh", config.mesh.check_world, world_size)
     layout = config.mesh.ep, config.ranks_per_node(world_size)
     errors += _check("moe", config.moe.check_spread, *layout)
     errors += _check("model", config.model.check_spread, *layout)

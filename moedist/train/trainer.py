@@ -310,10 +310,11 @@ class Trainer:
                 task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
                 reports = pack_reports(output.reports) if output.reports else None
                 loss = task_loss if reports is None else task_loss + reports.objective()
+            counts = counts.after(output.reports)
+            del output  # the logits: gone with the backward pass, not with the next forward
             self.enter("backward")
             self.engine.backward(loss, last=place == len(micro_batches))
             self.tally.add(task_loss, reports)
-            counts = counts.after(output.reports)
         self.enter("optimizer")
         self.grad_norm = self.engine.step()
         if not math.isfinite(self.grad_norm):

@@ -55,7 +55,11 @@ def test_every_misspelt_key_is_named_with_the_nearest():
     [
         (["moe/router=topkk"], "moe/router", "'topkk' is no choice of moe/router. Did you mean topk?"),
         (["moe/balance=[switch,zloss]"], "moe/balance", "Did you mean z_loss?"),
-        (["experiment=tiny"], "experiment", "Choose one of: mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b, tiny_cpu"),
+        (
+            ["experiment=tiny"],
+            "experiment",
+            "Choose one of: deepseek_v3, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b, tiny_cpu",
+        ),
         (["moe.router=topk"], "moe.router", "Choose with a slash: moe/router=topk."),
         (["moe.router.kind=nope"], "moe.router.kind", "Choose one of: "),
         (["seed=1.5"], "seed", "has the wrong type. Set it to a whole number."),

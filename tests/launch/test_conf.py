@@ -69,7 +69,7 @@ def test_nothing_in_conf_names_code_to_run():
 
 
 def test_the_recipes_are_there():
-    assert {"tiny_cpu", "olmoe_1b_7b", "qwen3_30b_a3b", "mixtral_8x7b"} <= set(RECIPES)
+    assert {"tiny_cpu", "olmoe_1b_7b", "qwen3_30b_a3b", "mixtral_8x7b", "deepseek_v3"} <= set(RECIPES)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse file of token id 0, long enough for a step of the largest recipe and an evaluation."""
     path = tmp_path_factory.mktemp("tokens") / "tokens.bin"
     with open(path, "wb") as file:
-        file.truncate(40_000_000)
+        file.truncate(600_000_000)
     return path
 
 

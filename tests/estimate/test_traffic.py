@@ -1,0 +1,74 @@
+"""Rows on their way: even routing in closed form, and as it was recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from moedist.config import ConfigError
+from moedist.estimate.cluster import read_clusters
+from moedist.estimate.estimate import estimate
+from moedist.estimate.shape import Layout, shape_of
+from moedist.estimate.traffic import even_spread, read_spreads, traffic_of
+from moedist.moe.trace import LayerTrace, StepTrace, write_part
+from tests.train.tiny import CONFIG, changed
+
+RANKS, EP = 4, 4
+TINY = changed(CONFIG, mesh={"ep": EP}, capacity={"factor": None})
+LAYOUT = Layout.of(TINY, RANKS, "cpu")
+SHAPE = shape_of(TINY, 37)
+
+
+def record(folder: Path, expert_TK: torch.Tensor) -> None:
+    """A step of one rank in which both layers of `TINY` route alike."""
+    tokens = expert_TK.shape[0]
+    layer = LayerTrace(8, expert_TK, torch.full(expert_TK.shape, 0.5), expert_TK)
+    ids = torch.arange(tokens)
+    part = StepTrace(1, ids, ids, ids, torch.ones(tokens, dtype=torch.bool), {1: layer, 2: layer})
+    write_part(folder, part, 0, 1)
+
+
+def test_even_routing_is_the_binomial_count():
+    # 2 of 8 experts, two on each of 4 ranks: both on one rank with probability 1/7
+    assert even_spread(8, 2, ep=4, num_nodes=2).ranks == pytest.approx(1 / 7 + 2 * 6 / 7)
+    assert even_spread(8, 2, ep=4, num_nodes=2).nodes == pytest.approx(3 / 7 + 2 * 4 / 7)
+
+
+def test_recorded_routing_counts_distinct_ranks_and_the_fullest(tmp_path: Path):
+    together = LAYOUT.tokens * EP
+    # Half of the tokens go twice to rank 0 (experts 0 and 1), half to ranks 0 and 3 (experts 0 and 7).
+    expert_TK = torch.tensor([[0, 1], [0, 7]]).repeat(together // 2, 1)
+    record(tmp_path, expert_TK)
+    spreads = read_spreads(tmp_path, SHAPE, LAYOUT, ranks_per_node=2)
+    assert spreads.keys() == {1, 2}
+    assert spreads[1].ranks == 1.5 and spreads[1].nodes == 1.5 and spreads[1].pairs_per_token == 2
+    assert spreads[1].heaviest == 3.0  # three quarters of the pairs on one of four ranks
+    traffic = traffic_of(SHAPE, LAYOUT, 2, spreads)[1]
+    assert traffic.rows.sent == LAYOUT.tokens * 2 and traffic.rows.arrived == LAYOUT.tokens * 6
+    even = traffic_of(SHAPE, LAYOUT, 2)[1]
+    ratio = 1.5 / even_spread(8, 2, EP, 2).ranks
+    assert traffic.per_rank.total == pytest.approx(even.per_rank.total * ratio)
+
+
+def test_skew_needs_more_memory_and_time(tmp_path: Path):
+    record(tmp_path, torch.zeros(LAYOUT.tokens * EP, 2, dtype=torch.int64) + torch.tensor([0, 1]))
+    cluster = dataclasses.replace(read_clusters()["laptop"], latency_us=0.0)
+    spreads = read_spreads(tmp_path, SHAPE, LAYOUT, cluster.ranks_per_node)
+    even = estimate(TINY, 37, RANKS, cluster)
+    skewed = estimate(TINY, 37, RANKS, cluster, spreads=spreads)
+    assert spreads[1].heaviest == EP
+    assert skewed.traffic[1].rows.arrived == EP * even.traffic[1].rows.arrived
+    assert skewed.duration.exchange == pytest.approx(EP * even.duration.exchange)
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--trace"):
+        read_spreads(tmp_path, SHAPE, LAYOUT, 2)
+    layer = LayerTrace(4, torch.zeros(2, 2).long(), torch.zeros(2, 2), torch.zeros(2, 2).long())
+    ids = torch.arange(2)
+    write_part(tmp_path, StepTrace(1, ids, ids, ids, ids >= 0, {1: layer, 2: layer}), 0, 1)
+    with pytest.raises(ConfigError, match="4 experts"):
+        read_spreads(tmp_path, SHAPE, LAYOUT, 2)
