@@ -11,10 +11,10 @@ from tests.estimate.checked import CHECKED, COMMON, compare, configured
 
 LIMIT = 0.1
 # Two layers of a small model, where rows and weights weigh alike.
-SMALL = (
-    "data.vocab_size=2000 model.dim=128 model.layers.num_layers=2 moe.num_experts=8 moe.experts.hidden_dim=512 "
-    "train.sequence_length=256 train.micro_batch=4 train.precision=bf16 mesh.ep=2"
-).split()
+SMALL = [
+    *("data.vocab_size=2000", "model.dim=128", "model.layers.num_layers=2", "moe.num_experts=8", "mesh.ep=2"),
+    *("moe.experts.hidden_dim=512", "train.sequence_length=256", "train.micro_batch=4", "train.precision=bf16"),
+]
 
 
 def test_a_small_step_holds_what_the_formulas_say():
