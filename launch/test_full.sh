@@ -25,7 +25,7 @@ install_programs() {
     fi
     echo "Installing ${missing[*]}."
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "${missing[@]}" >/dev/null ||
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -qq -y "${missing[@]}" >/dev/null ||
         fail "apt-get could not install ${missing[*]}. See above."
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from moedist.doctor.finding import Finding
@@ -44,8 +45,8 @@ parity   runs one optimizer step of a smaller copy of a configuration on ranks o
          loop), and compares the loss, the norm and every parameter's gradient. Kept: router, capacity, dispatch,
          experts' number, balance, accumulation, activation checkpointing, engine. What was made smaller is said.
 
-exit codes: 0 nothing that keeps a run from going well, 2 configuration, 4 a problem of the machine or its links,
-5 a rank is missing or failed, or gradients differ
+exit codes: 0 nothing that keeps a run from going well, 2 configuration, 4 a problem of the machine or its links, or
+nodes that do not meet, 5 a rank is missing or failed, or gradients differ
 """
 NUM_WORST = 5
 CHECKS = ("machine", "ranks", "parity")
@@ -103,12 +104,13 @@ def check_environment(composed: Composed, *, machine: bool, ranks: bool, as_json
 
     if machine:
         show(examine(config, planned))
-    exit_code = 0 if worst(found) != "problem" else 4
-    measured: dict[str, Any] | None = None
+    exit_code, measured = 0, None
     if ranks:
-        findings, measured = check_ranks(planned, config.launch, config.mesh)
-        show(findings)
-        exit_code = 5 if measured is None else 0 if worst(found) != "problem" else 4
+        checked = check_ranks(planned, config.launch, config.mesh)
+        show(checked.findings)
+        exit_code, measured = checked.exit_code, checked.measured
+    if exit_code == 0 and worst(found) == "problem":
+        exit_code = ExitCode.ENVIRONMENT
     if as_json:
         listed = [dataclasses.asdict(finding) for finding in found]
         print(json.dumps({"exit_code": exit_code, "findings": listed, "measured": measured}))
@@ -134,7 +136,7 @@ def check_parity(composed: Composed, *, as_json: bool) -> int:
     result = run_parity(plan)
     if result.comparison is None:
         report(result.status, result.run_dir, 1, as_json=as_json, command="doctor")
-        return result.status.exit_code or 5
+        return result.status.exit_code or ExitCode.RANK_FAILED
     found = result.comparison
     seconds = time.monotonic() - begin
     if as_json:
@@ -142,7 +144,7 @@ def check_parity(composed: Composed, *, as_json: bool) -> int:
     else:
         print("\n".join(describe(found, plan.changes)))
         print(f"took       {seconds:.0f} s")
-    return 0 if found["good"] else 5
+    return ExitCode.DONE if found["good"] else ExitCode.RANK_FAILED
 
 
 def configuration(arguments: list[str]) -> Composed:
@@ -154,7 +156,8 @@ def configuration(arguments: list[str]) -> Composed:
         return compose(arguments)
     folder = Path(arguments[0]).expanduser()
     if not (folder / CONFIG).is_file():
-        raise ConfigError("RUN", arguments[0], "is no run folder", "Name one that holds a config.yaml, or key=value.")
+        remedy = f"Name one that holds a {CONFIG}, key=value, or what to check: {', '.join(CHECKS)}."
+        raise ConfigError("RUN", arguments[0], "is no run folder", remedy)
     return compose_onto(read_mapping(folder / CONFIG), arguments[1:])
 
 

@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("device", choices=["auto", "cpu", "cuda"])
     parser.add_argument("timeout_s", type=float)
     args = parser.parse_args()
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # its time-out as an error here, not as an abort elsewhere
     redirect_output(args.folder, int(os.environ["RANK"]))
     return check_rank(MeshConfig(device=args.device, timeout_s=args.timeout_s), args.folder)
 

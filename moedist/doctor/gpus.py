@@ -55,7 +55,9 @@ def examine_gpus(device: str, nproc: int) -> list[Finding]:
         return [check_no_gpu(device, torch.version.cuda, ask_driver(["-L"]))]
     said = ask_driver([f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"])
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    findings = [check_devices([] if said is None else read_gpus(said), count, nproc, torch.version.cuda or "none")]
+    findings = [
+        check_devices([] if said is None else read_gpus(said), count, device, nproc, torch.version.cuda or "none")
+    ]
     if not torch.distributed.is_nccl_available():
         remedy = "Install a build of torch with NCCL, or set mesh.device=cpu."
         return [*findings, problem("nccl", "this torch was built without it", remedy)]
@@ -89,7 +91,8 @@ def check_no_gpu(device: str, cuda: str | None, listed: str | None) -> Finding:
         num_gpus = len(listed.strip().splitlines())
         text = f"the driver lists {num_gpus} GPU{'s' * (num_gpus > 1)}, torch sees none"
         if cuda is None:
-            return problem("devices", f"{text}: it is a CPU build", "Install a build of torch with CUDA.")
+            judge = problem if device == "cuda" else warning
+            return judge("devices", f"{text}: it is a CPU build", "Install a build of torch with CUDA.")
         remedy = "See CUDA_VISIBLE_DEVICES, and whether the driver is as new as torch's CUDA."
         return problem("devices", f"{text} (CUDA {cuda})", remedy)
     if device == "cuda":
@@ -106,12 +109,13 @@ def read_gpus(said: str) -> list[Gpu]:
     return gpus
 
 
-def check_devices(gpus: Sequence[Gpu], visible: int, nproc: int, cuda: str) -> Finding:
+def check_devices(gpus: Sequence[Gpu], visible: int, device: str, nproc: int, cuda: str) -> Finding:
     """GPUs against ranks, and whether somebody else is on them.
 
     Args:
         gpus: all that the driver lists; none where its tool is not there.
         visible: those that torch may use.
+        device: ``mesh.device``, ``auto`` or ``cuda``.
         nproc: ranks on this machine.
         cuda: that torch was built with.
     """
@@ -120,7 +124,9 @@ def check_devices(gpus: Sequence[Gpu], visible: int, nproc: int, cuda: str) -> F
     text = f"{visible} visible; {names or 'nvidia-smi is not here'}"
     text += f"; driver {', '.join(drivers)}" * bool(drivers) + f", CUDA {cuda}"
     if nproc > visible:
-        return problem("devices", f"{text}; {nproc} ranks", f"Set launch.nproc={visible}, or mesh.device=cpu.")
+        judge = problem if device == "cuda" else warning
+        what = "and mesh.device = cuda" if device == "cuda" else "so they compute on the CPU"
+        return judge("devices", f"{text}; {nproc} ranks, {what}", f"Set launch.nproc={visible}, or mesh.device=cpu.")
     if closed := [gpu.index for gpu in gpus if gpu.mode == "Prohibited"]:
         return problem("devices", f"{text}; GPU {closed} may not be used", "Set its compute mode: nvidia-smi -c 0.")
     if busy := [f"GPU {gpu.index} holds {gpu.used_mib} MiB" for gpu in gpus if gpu.used_mib > IDLE_MIB]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 
 from moedist.doctor.finding import Finding, ok, problem, warning
 
 SLOW = 2.0
-"""How many times longer than the median of its like something takes that is called slow."""
+"""How many times longer than usual something takes that is called slow."""
 NUM_NAMED = 4
 
 
@@ -96,7 +97,7 @@ def judge_arrival(links: Links) -> Finding:
 
 def judge_compute(links: Links) -> Finding:
     """The slowest rank at work that needs no other: all wait for it, every step."""
-    median = statistics.median(links.compute_s)
+    median = statistics.median_low(links.compute_s)
     slowest = max(range(links.world_size), key=lambda rank: links.compute_s[rank])
     factor = links.compute_s[slowest] / median
     text = f"{1e3 * median:.1f} ms (median); slowest: {links.name(slowest)}, {factor:.1f} x that"
@@ -119,18 +120,21 @@ def judge_collective(name: str, measured: Collective, links: Links) -> Finding:
 
 
 def judge_pairs(check: str, pairs: Sequence[tuple[int, int]], links: Links) -> Finding:
-    """Bandwidth of pairs that should be alike; a rank or host that all slow ones share is named."""
+    """Bandwidth of pairs that should be alike; a rank or host that all slow ones share is named.
+
+    Usual is what a quarter of them reach: one slow host among three is in most pairs.
+    """
     rates = {pair: links.gigabytes_per_s(pair) for pair in pairs}
-    median = statistics.median(rates.values())
+    usual = sorted(rates.values())[math.ceil(0.75 * len(pairs)) - 1]
     first, second = slowest = min(rates, key=lambda pair: rates[pair])
-    text = f"{median:.2f} GB/s each way (median of {len(pairs)}, {links.pair_bytes / 1e6:.1f} MB at once); "
+    text = f"{usual:.2f} GB/s each way (upper quartile of {len(pairs)}, {links.pair_bytes / 1e6:.1f} MB at once); "
     text += f"slowest: {links.name(first)} with {links.name(second)}, {rates[slowest]:.2f} GB/s"
-    slow = sorted((pair for pair in pairs if rates[pair] * SLOW < median), key=lambda pair: rates[pair])
+    slow = sorted((pair for pair in pairs if rates[pair] * SLOW < usual), key=lambda pair: rates[pair])
     if not slow:
         return ok(check, text)
     named = some([f"{a}-{b} ({rates[a, b]:.2f} GB/s)" for a, b in slow])
     blamed = shared_by(slow, links.hosts)
-    text += f"; {len(slow)} below half of the median: {named}{f'; all of them at {blamed}' if blamed else ''}"
+    text += f"; {len(slow)} below half of that: {named}{f'; all of them at {blamed}' if blamed else ''}"
     remedy = f"Look at {blamed or 'these links'}: cable, link speed, PCIe lanes, or other traffic."
     return warning(check, text, remedy)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 from moedist.doctor.links import Collective, Links
 from moedist.doctor.roll_call import MissingRanksError, RollCall
 from moedist.mesh import Mesh, MeshConfig, close_mesh, join_mesh
@@ -58,10 +59,10 @@ def check_rank(config: MeshConfig, folder: Path) -> int:
         except MissingRanksError as error:
             traceback.print_exception(error, file=sys.stderr)
             leave(folder, {"missing": error.ranks, "phase": error.phase, "message": str(error)})
-            return 5
+            return ExitCode.RANK_FAILED
         except ConfigError as error:
             print(error, file=sys.stderr)
-            return 2
+            return ExitCode.CONFIG
         finally:
             close_mesh()
     leave(folder, dataclasses.asdict(links))

@@ -19,7 +19,7 @@ POLL_S = 0.02
 GRACE_S = 10.0
 """Seconds beyond the limit that ranks wait for rank 0's word of who is missing."""
 LATE_S = 5.0
-"""Seconds that the others get to say that they too have failed."""
+"""Seconds that the others get to say that they too have failed, or have heard who is missing."""
 
 
 class MissingRanksError(RuntimeError):
@@ -66,6 +66,9 @@ class RollCall:
                 raise MissingRanksError(phase, [0], self.limit_s + GRACE_S) from error
         came: dict[str, tuple[str, float]] = json.loads(self.store.get(everyone))
         if missing := [rank for rank in range(self.world_size) if str(rank) not in came]:
+            self.store.set(f"{phase}/heard/{self.rank}", "")
+            if self.rank == 0:  # it may keep the store, which ends with it
+                self._mark_out(f"{phase}/heard", {int(rank) for rank in came})
             raise MissingRanksError(phase, missing, self.limit_s)
         return [came[str(rank)] for rank in range(self.world_size)]
 
@@ -73,14 +76,18 @@ class RollCall:
         """What to raise for a collective that failed: those are missing that neither failed nor went on."""
         try:
             self.store.set(f"{phase}/failed/{self.rank}", "")
-            deadline = time.monotonic() + LATE_S
-            waiting = set(range(self.world_size))
-            while waiting and time.monotonic() < deadline:
-                waiting = {rank for rank in waiting if not self.store.check([f"{phase}/failed/{rank}"])}
-                time.sleep(POLL_S)
+            waiting = self._mark_out(f"{phase}/failed", set(range(self.world_size)))
         except (RuntimeError, dist.DistError):
             return error
         return MissingRanksError(f"the end of {phase}", sorted(waiting), self.limit_s) if waiting else error
+
+    def _mark_out(self, key: str, ranks: set[int]) -> set[int]:
+        """Those of ``ranks`` that have not set their ``key`` within `LATE_S`."""
+        deadline = time.monotonic() + LATE_S
+        while ranks and time.monotonic() < deadline:
+            ranks = {rank for rank in ranks if not self.store.check([f"{key}/{rank}"])}
+            time.sleep(POLL_S)
+        return ranks
 
     def _wait(self, phase: str) -> dict[int, tuple[str, float]]:
         """Each one's word and when it came; returns at the limit without those who have not."""

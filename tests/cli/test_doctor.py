@@ -13,6 +13,7 @@ import yaml
 from moedist.cli.main import main
 from moedist.doctor.finding import Finding, ok, problem, warning
 from moedist.launch.compose import compose
+from moedist.launch.rank_check import RankCheck
 from moedist.train.status import Status
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Finding]]:
 
     def check_ranks(ranks, launch, mesh):
         assert ranks.nproc == 3
-        return found["ranks"], {"hosts": ["n0"]} if found["ranks"] else None
+        if not found["ranks"]:
+            return RankCheck([problem("ranks", "rank 1 did not come", "See why.")], exit_code=5)
+        return RankCheck(found["ranks"], {"hosts": ["n0"]})
 
     monkeypatch.setattr("moedist.launch.rank_check.check_ranks", check_ranks)
     return found
@@ -98,7 +101,7 @@ def test_exit_codes_of_an_environment(environment: dict, capsys: Output):
     environment["ranks"] = [problem("all-reduce", "wrong values arrived at rank 1 (n0)", "Take it out.")]
     assert main(["doctor", *NPROC]) == 4
     environment["ranks"] = []
-    assert main(["doctor", *NPROC]) == 5, "no measurement: ranks failed"
+    assert main(["doctor", *NPROC]) == 5
     assert main(["doctor", "launch.nnodes=2", *NPROC]) == 2
     assert "says no meeting point for 2 nodes" in capsys.readouterr().err
 

@@ -32,18 +32,21 @@ Legend:
 def test_gpus_against_ranks():
     gpus = read_gpus(SMI)
     assert (gpus[1].index, gpus[1].driver, gpus[1].total_mib) == (1, "570.86.15", 81559)
-    found = check_devices(gpus, 2, 2, "12.8")
+    found = check_devices(gpus, 2, "cuda", 2, "12.8")
     assert found.level == "ok" and found.text == "2 visible; 2 x NVIDIA H100 80GB HBM3; driver 570.86.15, CUDA 12.8"
-    assert check_devices(gpus, 2, 4, "12.8").remedy == "Set launch.nproc=2, or mesh.device=cpu."
+    few = check_devices(gpus, 2, "cuda", 4, "12.8")
+    assert few.level == "problem" and few.remedy == "Set launch.nproc=2, or mesh.device=cpu."
+    idle = check_devices(gpus, 2, "auto", 4, "12.8")
+    assert idle.level == "warning" and idle.text.endswith("4 ranks, so they compute on the CPU")
     for change, level, words in (
         ({"used_mib": 9000}, "warning", "GPU 0 holds 9000 MiB"),
         ({"mode": "Prohibited"}, "problem", "GPU [0] may not be used"),
         ({"name": "NVIDIA A100"}, "warning", "1 x NVIDIA A100"),
         ({"ecc": "Disabled"}, "warning", "no ECC on GPU [0]"),
     ):
-        found = check_devices([dataclasses.replace(gpus[0], **change), gpus[1]], 2, 2, "12.8")
+        found = check_devices([dataclasses.replace(gpus[0], **change), gpus[1]], 2, "auto", 2, "12.8")
         assert found.level == level and words in found.text, change
-    assert "nvidia-smi is not here" in check_devices([], 1, 1, "12.8").text
+    assert "nvidia-smi is not here" in check_devices([], 1, "auto", 1, "12.8").text
 
 
 def test_how_they_are_joined():
@@ -58,7 +61,10 @@ def test_how_they_are_joined():
 def test_why_there_is_none():
     assert check_no_gpu("auto", None, None).level == "ok"
     assert check_no_gpu("cuda", "12.8", None).level == "problem"
-    assert "it is a CPU build" in check_no_gpu("auto", None, "GPU 0: NVIDIA H100\n").text
+    for device, level in (("auto", "warning"), ("cuda", "problem")):
+        found = check_no_gpu(device, None, "GPU 0: NVIDIA H100\n")
+        assert found.level == level and "it is a CPU build" in found.text
+    assert check_no_gpu("auto", "12.8", "GPU 0: a\n").level == "problem", "they were meant to be used, and are gone"
     assert "CUDA_VISIBLE_DEVICES" in check_no_gpu("auto", "12.8", "GPU 0: a\nGPU 1: b\n").remedy
     assert [finding.check for finding in examine_gpus("cpu", 4)] == ["devices"]
 

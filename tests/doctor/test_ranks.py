@@ -68,18 +68,18 @@ def test_all_come_and_say_a_word():
 
 
 def test_those_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(roll_call, "GRACE_S", 0.2)
+    monkeypatch.setattr(roll_call, "GRACE_S", 2.0)
     store = dist.HashStore()
-    answers = call([RollCall(store, rank, 4, 0.2) for rank in (0, 2)], lambda roll: roll.begin("the meeting"))
+    answers = call([RollCall(store, rank, 4, 2.0) for rank in (0, 2)], lambda roll: roll.begin("the meeting"))
     for answer in answers:
         assert isinstance(answer, MissingRanksError) and answer.ranks == [1, 3]
-        assert str(answer) == "ranks 1, 3 did not come to the meeting within 0 s"
+        assert str(answer) == "ranks 1, 3 did not come to the meeting within 2 s"
     answers = call([RollCall(dist.HashStore(), 2, 4, 0.2)], lambda roll: roll.begin("the meeting"))
     assert isinstance(answers[0], MissingRanksError) and answers[0].ranks == [0], "the one that calls the roll"
 
 
 def test_those_that_hang_in_a_collective_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(roll_call, "LATE_S", 0.2)
+    monkeypatch.setattr(roll_call, "LATE_S", 2.0)
     error = RuntimeError("gloo: timed out")
     store = dist.HashStore()
     answers = call([RollCall(store, rank, 3, 0.2) for rank in (0, 1)], lambda roll: roll.lost("all-reduce", error))
@@ -157,8 +157,9 @@ def test_a_rank_that_never_comes_is_named(where: str, rank: int, words: str, tmp
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     target = ["tests.doctor.rank_that_stops", where, str(rank)]
     mesh = MeshConfig(device="cpu", timeout_s=5.0)
-    (found,), measured = check_ranks(Ranks(3, 1, 1), LaunchConfig(), mesh, target)
-    assert measured is None and found.level == "problem"
+    checked = check_ranks(Ranks(3, 1, 1), LaunchConfig(), mesh, target)
+    (found,) = checked.findings
+    assert checked.measured is None and checked.exit_code == 5 and found.level == "problem"
     assert found.text.startswith(words), found
 
 
@@ -167,10 +168,12 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     mesh = MeshConfig(device="cpu", timeout_s=20.0)
-    (found,), measured = check_ranks(
-        Ranks(2, 1, 1), LaunchConfig(), mesh, ["tests.doctor.rank_that_stops", "dies", "1"]
-    )
-    assert measured is None and found.text.startswith("Rank 1 was ended by SIGKILL."), found
+    target = ["tests.doctor.rank_that_stops", "dies", "1"]
+    checked = check_ranks(Ranks(2, 1, 1), LaunchConfig(max_restarts=2), mesh, target)
+    (found,) = checked.findings
+    assert (
+        checked.measured is None and checked.exit_code == 5 and found.text.startswith("Rank 1 was ended by SIGKILL.")
+    ), found
 
 
 @pytest.mark.slow

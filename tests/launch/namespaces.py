@@ -72,9 +72,10 @@ class Nodes:
         """Takes a node's link down, as if its cable were pulled."""
         _ip("-n", self._name("br"), "link", "set", f"p{index}", "down")
 
-    def slow_down(self, rate: str) -> None:
-        """Lets each node send no faster than ``rate`` (``200mbit``) to the others; inside a node nothing changes."""
-        for index in range(self.count):
+    def slow_down(self, rate: str, only: int | None = None) -> None:
+        """Lets each node, or one, send no faster than ``rate`` (``200mbit``) to others; inside a node nothing
+        changes."""
+        for index in range(self.count) if only is None else [only]:
             shape = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
             tc = ["tc", "-n", self._name(f"n{index}"), "qdisc", "add", "dev", "veth0", *shape]
             subprocess.run(tc, check=True, capture_output=True)
