@@ -7,6 +7,7 @@ record itself when it gives up (``TORCH_NCCL_DUMP_ON_TIMEOUT``); for gloo, which
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from pathlib import Path
 
@@ -30,11 +31,11 @@ def how_to_read(run_dir: Path) -> str:
 def forget(run_dir: Path, rank: int) -> None:
     """Takes the dump of an earlier start away, so that it is not compared with this one's, and makes the folder.
 
-    Raises:
-        OSError: it cannot be made.
+    A disk that refuses is left for the run itself to meet, which knows what to say.
     """
-    _path(run_dir, rank).unlink(missing_ok=True)
-    dump_prefix(run_dir).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        _path(run_dir, rank).unlink(missing_ok=True)
+        dump_prefix(run_dir).parent.mkdir(parents=True, exist_ok=True)
 
 
 def dump(run_dir: Path, rank: int) -> Path | None:
