@@ -47,24 +47,24 @@ class LogConfig(Config):
 
     Attributes:
         dead_window: an expert is dead when no pair asked for it in this many last steps.
-        max_expert_keys: bound on the number of per-expert scalar keys in trackers that keep one series per key;
-            48 layers x 128 experts would be 6,144 per quantity. Histograms and the lists in ``metrics.jsonl`` always
-            hold every expert.
+        max_scalar_keys: bound on the number of series in trackers that keep one per key; 48 layers x 128 experts would
+            be 6,144 per quantity. What finds no room is not dropped: layers' numbers go into tables, and the files of
+            the run folder hold everything (`moedist.log.series`).
         trace: steps whose routing is recorded.
         sinks: where numbers go, by any name; none of them can stop a run.
     """
 
     dead_window: int = 100
-    max_expert_keys: int = 512
+    max_scalar_keys: int = 200
     trace: TraceConfig = dataclasses.field(default_factory=TraceConfig)
     sinks: dict[str, SinkConfig] = dataclasses.field(default_factory=_default_sinks)
 
     def __post_init__(self) -> None:
         require(self.dead_window >= 1, "dead_window", self.dead_window, "is not a number of steps", "Set 1 or more.")
         require(
-            self.max_expert_keys >= 0,
-            "max_expert_keys",
-            self.max_expert_keys,
+            self.max_scalar_keys >= 0,
+            "max_scalar_keys",
+            self.max_scalar_keys,
             "is negative",
-            "Set it to 0 for no per-expert scalars, or to the number of keys that your tracker bears.",
+            "Set it to the number of keys that your tracker bears.",
         )

@@ -1,4 +1,8 @@
-"""From the globally reduced numbers of one step to the flat record that every sink takes.
+"""From the globally reduced numbers of one step to the record that every sink takes.
+
+A record is flat. Its values are numbers of the whole run (``moe/max_vio``), columns with a number for each MoE layer
+(``moe/layers/max_vio``; ``moe/layers/block`` says which blocks of the model these are), and [L, E] arrays over layers
+and experts by global id (``moe/experts/load``).
 
 Counts are of the whole global batch of the step. Nothing here divides by zero: an empty batch gives 0. A number that is
 not finite stays what it is; sinks write it in their own safe way.
@@ -18,6 +22,8 @@ from moedist.moe.plan import DROP_REASONS
 ASKED, KEPT, DROPPED = 0, 1, 2
 """Rows of ``count_LME``; behind ``DROPPED`` stands one row for each of the `DROP_REASONS`."""
 Z_LOSS = "z_loss"
+LAYERS, EXPERTS = "moe/layers", "moe/experts"
+"""Where the keys of columns and of [L, E] arrays begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +34,28 @@ class MoEStep:
         blocks: for each of the L MoE layers the index of its block in the model, from 0.
         loss_names: the J names of ``loss_LJ``; ``z_loss`` is the router's z-loss, the others are balance losses.
         loss_LJ: unscaled losses.
-        entropy_L: router entropy, mean over tokens of H(p) / ln E.
+        scaled_LJ: the same times their coefficients, as they enter the objective.
+        router_L: means over tokens, by name (`moedist.moe.report.ROUTER_MEANS`).
+        micro_vio_L: mean of `max_vio` over the micro-batches of all ranks, each for itself.
+        room_L: int64, pairs that the limits of all capacity groups left room for; 0 where nothing limits.
         count_LME: int64 pairs per expert by global id; M = 5: asked before the limit, computed after it, and asked but
             computed by none, by each of the `DROP_REASONS`.
         last_seen_LE: int64, the last step at which a pair asked for the expert; 0 for never (`see_experts`).
+        bias_LE: the selection bias; None where no layer has one. Rows of layers without one are 0.
+        norm_LE: 2-norms of each expert's weights and, where known, of its gradient before the clip, by name.
     """
 
     blocks: Sequence[int]
     loss_names: Sequence[str]
     loss_LJ: Tensor
-    entropy_L: Tensor
+    scaled_LJ: Tensor
+    router_L: Mapping[str, Tensor]
+    micro_vio_L: Tensor
+    room_L: Tensor
     count_LME: Tensor
     last_seen_LE: Tensor
+    bias_LE: Tensor | None = None
+    norm_LE: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def see_experts(last_seen_LE: Tensor, count_LME: Tensor, step: int) -> Tensor:
@@ -87,44 +103,45 @@ def train_metrics(
 
 
 def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
-    """The ``moe/`` part of a record; ``moe/layer_NN`` counts all blocks of the model, so dense blocks leave gaps.
+    """The ``moe/`` part of a record.
 
-    A loss that no layer has gets no key; one that is not on in every layer is the mean over all MoE layers. A layer's
-    list of pairs dropped for one reason is left out where there are none.
+    A quantity that no layer has gets no key; a loss that is not on in every layer is the mean over all MoE layers.
     """
     asked_LE, kept_LE = moe.count_LME[:, ASKED].double(), moe.count_LME[:, KEPT].double()
-    averaged = {**_losses(moe), "router_entropy": moe.entropy_L.double()}
-    per_layer = averaged | {
-        "drop_rate": drop_rate(asked_LE, kept_LE),
-        "max_vio": max_vio(asked_LE),
-        "dead_experts": dead_experts(moe.last_seen_LE, step, dead_window),
-    }
-    totals = {name: value_L.mean() for name, value_L in averaged.items()} | {
-        "drop_rate": drop_rate(asked_LE.flatten(), kept_LE.flatten()),
-        "max_vio": per_layer["max_vio"].max(),
-        "load_entropy": load_entropy(asked_LE).mean(),
-        "dead_experts": per_layer["dead_experts"].sum(),
-    }
+    dropped_LM = moe.count_LME[:, DROPPED:].sum(2)
+    averaged = _losses(moe.loss_names, moe.loss_LJ) | {name: value_L.double() for name, value_L in moe.router_L.items()}
+    averaged |= {"load_entropy": load_entropy(asked_LE), "load_cv": load_cv(asked_LE)}
+    worst = {"max_vio": max_vio(asked_LE), "max_vio_micro": moe.micro_vio_L.double()}
+    if moe.bias_LE is not None:
+        worst["bias_drift"] = bias_drift(moe.bias_LE)
+    counted = {"dead_experts": dead_experts(moe.last_seen_LE, step, dead_window)}
+    counted |= {f"dropped_{reason}": dropped_LM[:, place] for place, reason in enumerate(DROP_REASONS)}
+    shares = {"drop_rate": drop_rate(asked_LE, kept_LE)}
+    totals = {"drop_rate": drop_rate(asked_LE.flatten(), kept_LE.flatten())}
+    if bool((moe.room_L > 0).any()):
+        shares["capacity_used"] = capacity_used(kept_LE.sum(1), moe.room_L)
+        limited_L = moe.room_L > 0
+        totals["capacity_used"] = capacity_used(kept_LE.sum(1)[limited_L].sum(), moe.room_L.sum())
+    norms = {f"expert_{name}": norm_LE.double().square().mean(1).sqrt() for name, norm_LE in moe.norm_LE.items()}
+    totals |= {name: value_L.mean() for name, value_L in averaged.items()}
+    totals |= {name: value_L.max() for name, value_L in worst.items()}
+    totals |= {name: value_L.sum() for name, value_L in counted.items()}
+    totals |= {name: norm_L.square().mean().sqrt() for name, norm_L in norms.items()}
+    totals |= {f"{name}_scaled": value_L.sum() for name, value_L in _losses(moe.loss_names, moe.scaled_LJ).items()}
+    columns = averaged | worst | counted | shares | norms
     record: dict[str, Value] = {f"moe/{name}": value.item() for name, value in totals.items()}
-    dropped_M = moe.count_LME[:, DROPPED:].sum((0, 2)).tolist()
-    record |= {f"moe/dropped_{reason}": dropped for reason, dropped in zip(DROP_REASONS, dropped_M, strict=True)}
-    columns = {name: value_L.tolist() for name, value_L in per_layer.items()}
-    counts_LME = moe.count_LME.tolist()
-    for layer, block in enumerate(moe.blocks):
-        prefix = f"moe/layer_{block:02d}"
-        record |= {f"{prefix}/{name}": column[layer] for name, column in columns.items()}
-        record[f"{prefix}/load"] = counts_LME[layer][ASKED]
-        record[f"{prefix}/kept"] = counts_LME[layer][KEPT]
-        by_reason = dict(zip(DROP_REASONS, counts_LME[layer][DROPPED:], strict=True))
-        record[f"{prefix}/dropped"] = [sum(dropped) for dropped in zip(*by_reason.values(), strict=True)]
-        record |= {f"{prefix}/dropped_{reason}": dropped_E for reason, dropped_E in by_reason.items() if any(dropped_E)}
+    record[f"{LAYERS}/block"] = list(moe.blocks)
+    record |= {f"{LAYERS}/{name}": value_L.tolist() for name, value_L in columns.items()}
+    names = ("load", "kept", *(f"dropped_{reason}" for reason in DROP_REASONS))
+    record |= {f"{EXPERTS}/{name}": moe.count_LME[:, place].numpy() for place, name in enumerate(names)}
+    record |= {f"{EXPERTS}/{name}": norm_LE.float().numpy() for name, norm_LE in moe.norm_LE.items()}
     return record
 
 
-def _losses(moe: MoEStep) -> dict[str, Tensor]:
-    """Unscaled ``balance_loss`` (all that balance, summed) and ``z_loss`` per layer, where there is one."""
+def _losses(names: Sequence[str], loss_LJ: Tensor) -> dict[str, Tensor]:
+    """``balance_loss`` (all that balance, summed) and ``z_loss`` per layer, where there is one."""
     columns: dict[str, Tensor] = {}
-    for name, loss_L in zip(moe.loss_names, moe.loss_LJ.double().unbind(1), strict=False):  # no names: a zero column
+    for name, loss_L in zip(names, loss_LJ.double().unbind(1), strict=False):  # no names: a zero column
         key = Z_LOSS if name == Z_LOSS else "balance_loss"
         columns[key] = columns.get(key, 0) + loss_L
     return columns
@@ -159,3 +176,20 @@ def load_entropy(load_E: Tensor) -> Tensor:
 def dead_experts(last_seen_E: Tensor, step: int, window: int) -> Tensor:
     """How many experts had no load in the last ``window`` steps up to ``step``, over the last dim."""
     return (last_seen_E <= step - window).sum(-1)
+
+
+def load_cv(load_E: Tensor) -> Tensor:
+    """Coefficient of variation over the last dim: standard deviation (over all E) / mean; 0 without load."""
+    mean = load_E.mean(-1)
+    return torch.where(mean > 0, load_E.std(-1, correction=0) / torch.where(mean > 0, mean, 1.0), 0.0)
+
+
+def capacity_used(kept: Tensor, room: Tensor) -> Tensor:
+    """``kept / room``, element by element: the share of the slots that hold a pair; 0 where there is no limit."""
+    return torch.where(room > 0, kept / room.clamp(min=1), 0.0)
+
+
+def bias_drift(bias_E: Tensor) -> Tensor:
+    """``max - min`` of a selection bias over the last dim: how far balancing has pulled the experts apart."""
+    bias_E = bias_E.double()
+    return bias_E.amax(-1) - bias_E.amin(-1)

@@ -192,6 +192,7 @@ class MoELayer(nn.Module):
         with torch.no_grad():
             observed = self.observe(routing, ctx) if ctx.training else {}
             entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
+            top_T = routing.probs_TE.amax(1).masked_fill(~ctx.valid_T, 0)
             largest = max(math.log(self.config.num_experts), 1e-30)
             return MoEReport(
                 layer=self.layer,
@@ -201,6 +202,8 @@ class MoELayer(nn.Module):
                 counts=counts,
                 observed=observed,
                 router_entropy=per_token(entropy_T.sum(), ctx) / largest,
+                top_probability=per_token(top_T.sum(), ctx),
+                room=plan.room,
                 asked_E=plan.asked_E,
                 kept_E=plan.kept_E,
                 dropped_ME=plan.dropped_ME,

@@ -44,6 +44,7 @@ class CapacityPlan:
         dropped_ME: int64 pairs that proposed each expert and are computed by none, by reason: M = 3, in the order of
             `DROP_REASONS`. (What was proposed and is computed elsewhere is the rest: ``asked - dropped`` summed over
             experts is ``kept`` summed.)
+        room: 0-dim int64, pairs that the limits of all capacity groups leave room for over all experts; 0 for no limit.
         capacity: upper bound of ``kept_E`` known from the shapes; None where nothing limits it but the token count.
         pairs_per_token: K where pair ``t * K + k`` is token t's choice k, else None.
     """
@@ -55,6 +56,7 @@ class CapacityPlan:
     asked_E: Tensor
     kept_E: Tensor
     dropped_ME: Tensor
+    room: Tensor
     capacity: int | None
     pairs_per_token: int | None
 
@@ -90,12 +92,14 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
     if limit is None:
         place_N = place_in_bucket(bucket_of(routing.expert_N, valid_N, groups, num_experts), num_experts + 1, None)
         placed = Placed(routing.expert_N, place_N, valid_N, reason_N=torch.zeros_like(place_N))  # there are no drops
+        room = groups.tokens_G.new_zeros(())
         capacity, gate_N = routing.capacity, torch.where(valid_N, routing.gate_N, 0)
         if config.renormalize_after_drop == "one" and routing.pairs_per_token is not None:
             gate_N = rescaled(gate_N, 1, routing)  # a model trained so is the same without a limit
     else:
         assert routing.pairs_per_token is not None, "a capacity limit needs a fixed number of pairs per token"
         limit_G = limit.of_counts(groups.tokens_G, routing.pairs_per_token, num_experts, ctx.step)
+        room = limit_G.sum() * num_experts
         placed = place_pairs(routing, valid_N, ctx, config, groups, limit_G, layer)
         capacity = largest_capacity(limit, groups.num, num_tokens, routing.pairs_per_token, num_experts)
         gate_N = surviving_gates(routing, placed, valid_N, config.renormalize_after_drop)
@@ -116,6 +120,7 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
             len(DROP_REASONS) * num_experts,
             valid_N & ~placed.kept_N,
         ).view(-1, num_experts),
+        room=room,
         capacity=capacity,
         pairs_per_token=routing.pairs_per_token,
     )

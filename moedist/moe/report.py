@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+ROUTER_MEANS = ("router_entropy", "top_probability")
+"""The Q columns of ``PackedReports.router_LQ``: means over tokens of H(p) / ln E and of the largest p."""
+
 CountKey = tuple[int, str]
 """The place of a MoE layer in its model, and the name of one of its balance losses."""
 
@@ -73,6 +76,9 @@ class MoEReport:
             gradient; see `StepCounts`.
         observed: int64, what rules for the selection bias must know of this rank's micro-batch, by name; in training.
         router_entropy: 0-dim, without gradient: this rank's share of mean over tokens of H(p) / ln E.
+        top_probability: likewise of the largest p.
+        room: 0-dim int64, pairs that the limits of this micro-batch's capacity groups leave room for over all experts;
+            0 where nothing limits.
         asked_E: int64 pairs per expert (global id) before any limit.
         kept_E: int64 pairs that each expert computed.
         dropped_ME: int64 pairs that asked for each expert and were computed by none, by reason (`DROP_REASONS`).
@@ -85,6 +91,8 @@ class MoEReport:
     counts: dict[str, Tensor]
     observed: dict[str, Tensor]
     router_entropy: Tensor
+    top_probability: Tensor
+    room: Tensor
     asked_E: Tensor
     kept_E: Tensor
     dropped_ME: Tensor
@@ -98,7 +106,8 @@ class PackedReports:
         names: the J names of the losses, over all layers.
         loss_LJ: unscaled shares with gradient; 0 where a layer lacks a loss.
         coefficient_LJ: their coefficients.
-        entropy_L: shares of the router entropy.
+        router_LQ: shares of what `ROUTER_MEANS` names.
+        room_L: int64, see `MoEReport.room`.
         count_LME: int64; M = 5: asked, kept, and dropped by each of the `DROP_REASONS`.
         observed: what rules for the selection bias must know, by name, of each layer.
     """
@@ -106,7 +115,8 @@ class PackedReports:
     names: tuple[str, ...]
     loss_LJ: Tensor
     coefficient_LJ: Tensor
-    entropy_L: Tensor
+    router_LQ: Tensor
+    room_L: Tensor
     count_LME: Tensor
     observed: tuple[dict[str, Tensor], ...]
 
@@ -149,7 +159,8 @@ def pack_reports(reports: Sequence[MoEReport]) -> PackedReports:
         names=names,
         loss_LJ=loss_LJ,
         coefficient_LJ=coefficient_LJ,
-        entropy_L=torch.stack([r.router_entropy for r in reports]),
+        router_LQ=torch.stack([torch.stack([getattr(r, name) for name in ROUTER_MEANS]) for r in reports]),
+        room_L=torch.stack([r.room for r in reports]),
         count_LME=torch.stack([torch.stack([r.asked_E, r.kept_E, *r.dropped_ME]) for r in reports]),
         observed=tuple(r.observed for r in reports),
     )

@@ -180,7 +180,7 @@ def open_log(config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, t
         config=written_config(run_dir),
         num_steps=config.train.steps,
         device=f"{mesh.dp.size} x {mesh.device.type}",
-        max_expert_keys=config.log.max_expert_keys,
+        max_scalar_keys=config.log.max_scalar_keys,
         terminal=terminal or sys.stdout,
     )
     return RunLog(config.log, info, mesh.dp.rank)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from moedist.log.metrics import ASKED, MoEStep, see_experts
+from moedist.log.metrics import ASKED, MoEStep, max_vio, see_experts
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_max, all_sum
-from moedist.moe.report import PackedReports
+from moedist.moe.report import ROUTER_MEANS, PackedReports
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSum:
-    """The whole global batch's numbers; ``moe`` is None for a model without MoE layers."""
+    """The whole global batch's numbers; ``moe`` is None for a model without MoE layers, ``extra`` what was added."""
 
     loss: float
     moe: MoEStep | None
+    extra: Mapping[str, Tensor]
 
 
 class Tally:
@@ -37,6 +39,7 @@ class Tally:
         """Begins a step."""
         self._loss: Tensor | None = None
         self._sum: PackedReports | None = None
+        self._vio_LN: Tensor | None = None  # of each micro-batch by itself: sum of MaxVio, and how many were not empty
 
     def add(self, loss: Tensor, reports: PackedReports | None) -> None:
         """One micro-step: this rank's share of the task loss and the packed reports."""
@@ -45,11 +48,15 @@ class Tally:
         if reports is None:
             return
         reports = dataclasses.replace(reports, loss_LJ=reports.loss_LJ.detach())
+        load_LE = reports.count_LME[:, ASKED].double()
+        vio_LN = torch.stack([max_vio(load_LE), (load_LE.sum(1) > 0).double()], 1)
+        self._vio_LN = vio_LN if self._vio_LN is None else self._vio_LN + vio_LN
         if self._sum is not None:
             reports = dataclasses.replace(
                 reports,
                 loss_LJ=self._sum.loss_LJ + reports.loss_LJ,
-                entropy_L=self._sum.entropy_L + reports.entropy_L,
+                router_LQ=self._sum.router_LQ + reports.router_LQ,
+                room_L=self._sum.room_L + reports.room_L,
                 count_LME=self._sum.count_LME + reports.count_LME,
                 observed=tuple(
                     {name: part + here[name] for name, part in so_far.items()}
@@ -84,23 +91,47 @@ class Tally:
         """``last_seen_LE`` over all ranks; called by all."""
         return all_max(self.last_seen_LE, axis)
 
-    def reduce(self, axis: Axis) -> StepSum:
-        """The step's numbers over all ranks, for three reduces whatever the number of layers; called by all ranks."""
+    def reduce(
+        self, axis: Axis, sums: Mapping[str, Tensor] | None = None, maxima: Mapping[str, Tensor] | None = None
+    ) -> StepSum:
+        """The step's numbers over all ranks: one sum and one maximum, whatever the number of layers; called by all.
+
+        Counts travel as fp64, which holds whole numbers up to 2^53.
+
+        Args:
+            axis: all ranks.
+            sums, maxima: what else is to be added up, and of what the largest is to be found.
+        """
         assert self._loss is not None, "no micro-step was added"
-        parts = [self._loss[None]]
+        parts = {"loss": self._loss, **(sums or {})}
+        largest = {"last_seen_LE": self.last_seen_LE, **(maxima or {})}
         if self._sum is not None:
-            parts += [self._sum.loss_LJ.double().flatten(), self._sum.entropy_L.double()]
-        shares = all_sum(torch.cat(parts), axis)
-        if self._sum is None:
-            return StepSum(float(shares[0]), None)
-        count_LME = all_sum(self._sum.count_LME.clone(), axis)
-        loss_LJ, entropy_L = shares[1:].split([self._sum.loss_LJ.numel(), len(self.blocks)])
-        moe = MoEStep(
-            blocks=self.blocks,
-            loss_names=self._sum.names,
-            loss_LJ=loss_LJ.view(self._sum.loss_LJ.shape).cpu(),
-            entropy_L=entropy_L.cpu(),
-            count_LME=count_LME.cpu(),
-            last_seen_LE=self.share_last_seen(axis).cpu(),
-        )
-        return StepSum(float(shares[0]), moe)
+            assert self._vio_LN is not None
+            parts |= {name: getattr(self._sum, name) for name in ("loss_LJ", "router_LQ", "room_L", "count_LME")}
+            parts |= {"scaled_LJ": self._sum.loss_LJ * self._sum.coefficient_LJ, "vio_LN": self._vio_LN}
+        found = across(parts, all_sum, axis) | (maxima_found := across(largest, all_max, axis))
+        self.last_seen_LE.copy_(maxima_found["last_seen_LE"])
+        moe = None
+        if self._sum is not None:
+            vio_L, busy_L = found["vio_LN"].unbind(1)
+            moe = MoEStep(
+                blocks=self.blocks,
+                loss_names=self._sum.names,
+                loss_LJ=found["loss_LJ"],
+                scaled_LJ=found["scaled_LJ"],
+                router_L=dict(zip(ROUTER_MEANS, found["router_LQ"].unbind(1), strict=True)),
+                micro_vio_L=vio_L / busy_L.clamp(min=1),
+                room_L=found["room_L"],
+                count_LME=found["count_LME"],
+                last_seen_LE=found["last_seen_LE"],
+            )
+        extra = {name: found[name] for name in (*(sums or {}), *(maxima or {}))}
+        return StepSum(float(found["loss"]), moe, extra)
+
+
+def across(parts: Mapping[str, Tensor], collective: Callable[[Tensor, Axis], Tensor], axis: Axis) -> dict[str, Tensor]:
+    """Tensors of any shapes and number types, element by element over the ranks by one collective, on the host."""
+    flat = collective(torch.cat([part.double().flatten() for part in parts.values()]), axis).cpu()
+    pieces = flat.split([part.numel() for part in parts.values()])
+    found = {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+    return {name: piece if parts[name].is_floating_point() else piece.long() for name, piece in found.items()}

@@ -19,7 +19,9 @@ from moedist.launch.choices import list_choices
 from moedist.launch.compose import compose, compose_yaml, default_mapping, find_groups, parse_overrides
 from moedist.launch.sweep.launchers import LAUNCHERS
 from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
+from moedist.log.series import Series
 from moedist.moe.plan import DROP_REASONS
+from moedist.moe.report import ROUTER_MEANS
 from moedist.train.config import RunConfig
 from tests.docs.pages import PAGES, ROOT, blocks, name_of, prose, quoted
 
@@ -46,8 +48,19 @@ def known_keys() -> set[str]:
 
 def known_metrics() -> set[str]:
     zeros_LE = torch.zeros(1, 2, dtype=torch.int64)
+    zeros_L = torch.zeros(1)
     moe = MoEStep(
-        [0], ["switch", "z_loss"], torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2 + len(DROP_REASONS), 2), zeros_LE
+        blocks=[0],
+        loss_names=["switch", "z_loss"],
+        loss_LJ=torch.zeros(1, 2),
+        scaled_LJ=torch.zeros(1, 2),
+        router_L=dict.fromkeys(ROUTER_MEANS, zeros_L),
+        micro_vio_L=zeros_L,
+        room_L=torch.ones(1),
+        count_LME=torch.ones(1, 2 + len(DROP_REASONS), 2),
+        last_seen_LE=zeros_LE,
+        bias_LE=zeros_LE,
+        norm_LE={"weight_norm": zeros_LE, "grad_norm": zeros_LE},
     )
     train = train_metrics(
         step=1,
@@ -60,7 +73,9 @@ def known_metrics() -> set[str]:
         flops_per_token=1.0,
         peak_flops=1.0,
     )
-    return {"eval/loss", *train, *moe_metrics(moe, 1, 100)}
+    record = {**train, **moe_metrics(moe, 1, 100)}
+    row = Series(200).row(record)
+    return {"eval/loss", *record, *row.scalars, *row.histograms}
 
 
 KEYS, METRICS = known_keys(), known_metrics()
@@ -97,7 +112,8 @@ def test_quoted_choices_and_metrics_exist(page: Path):
                     assert kind in list_choices(GROUPS[name].base), f"{name_of(page)} speaks of {text}"
             else:
                 metric = re.sub(r"layer_NN", "layer_00", name)
-                found = metric in METRICS or name in GROUPS or metric == "moe/layer_00" or "/expert_" in name
+                found = metric in METRICS or name in GROUPS or metric in ("moe/layer_00", "moe/layers", "moe/experts")
+                found = found or re.sub("expert_[EN]+", "expert_000", metric) in METRICS
                 assert found, f"{name_of(page)} speaks of {name}"
 
 

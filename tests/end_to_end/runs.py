@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.rows import of_no_clock as without_clock
+
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "tests" / "plugin" / "src"
 
@@ -121,15 +123,9 @@ def train(folder: Path, *overrides: str, gate: int | None = None) -> Command:
     return start(folder, "train", *TINY, f"run.dir={folder}", *overrides, gate=gate)
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """``metrics.jsonl``, line by line."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def of_no_clock(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Rows by step, without what a clock or the process decides; of a step done twice the last."""
-    timed = ("train/tokens_per_s", "train/mfu", "train/memory_gib", "replayed")
-    return {row["train/step"]: {key: value for key, value in row.items() if key not in timed} for row in rows}
+    return {row["train/step"]: without_clock(row) for row in rows}
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from moedist.train.checkpoint.manifest import folder_name, verify
-from tests.end_to_end.runs import Command, of_no_clock, processes_of, read_rows, train
+from tests.end_to_end.runs import Command, of_no_clock, processes_of, train
+from tests.rows import read_rows
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,8 @@ from moedist.model.contract import StepContext
 from moedist.train.build import build_model
 from moedist.train.checkpoint import CheckpointStore, read_meta
 from moedist.train.checkpoint.manifest import folder_name, verify
-from tests.end_to_end.runs import PLUGINS, of_no_clock, processes_of, read_rows, start, train
+from tests.end_to_end.runs import PLUGINS, of_no_clock, processes_of, start, train
+from tests.rows import read_rows
 
 EXPERTS, TOP_K, TOKENS_STEP, STEPS = 8, 2, 64, 40
 OUTSIDE = (
@@ -137,7 +138,7 @@ def test_a_run_leaves_its_folder(whole: Story):
     end, folder = whole.ends[0], whole.folder
     assert end.exit_code == 0, end.err
     assert {path.name for path in folder.iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "checkpoints", "wandb", "logs", "status.json",
+        "config.yaml", "metrics.jsonl", "experts.bin", "checkpoints", "wandb", "logs", "status.json",
     }  # fmt: skip
     assert {path.name for path in (folder / "logs").iterdir()} >= {"rank_0.log", "rank_1.log", "launcher.log"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
@@ -165,18 +166,19 @@ def test_what_it_says(whole: Story):
 def test_metrics_hold_the_documented_keys(whole: Story):
     rows = whole.rows
     assert [row["train/step"] for row in rows] == list(range(2, STEPS + 1, 2))
+    columns = {
+        "balance_loss", "z_loss", "drop_rate", "capacity_used", "max_vio", "max_vio_micro", "load_cv", "load_entropy",
+        "router_entropy", "top_probability", "dead_experts", "dropped_full", "dropped_exhausted", "dropped_barred",
+    }  # fmt: skip
     documented = {
         "train/step", "train/loss", "train/tokens", "train/tokens_per_s", "train/grad_norm", "train/memory_gib",
         "train/lr_router", "train/lr_experts", "train/lr_other", "train/mfu",
-        "moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/max_vio", "moe/router_entropy", "moe/load_entropy",
-        "moe/dead_experts", "moe/dropped_full", "moe/dropped_exhausted", "moe/dropped_barred",
-        "moe/layer_01/load", "moe/layer_01/kept", "moe/layer_01/dropped",
-        "moe/layer_01/balance_loss", "moe/layer_01/z_loss",
-        "moe/layer_01/drop_rate", "moe/layer_01/max_vio", "moe/layer_01/router_entropy", "moe/layer_01/dead_experts",
+        "moe/balance_loss_scaled", "moe/z_loss_scaled", "moe/layers/block",
+        *(f"moe/{name}" for name in columns), *(f"moe/layer_01/{name}" for name in columns),
+        *(f"moe/layer_01/{name}" for name in ("load", "kept")),
     }  # fmt: skip
     for row in rows:
-        reasons = {"moe/layer_01/dropped_full"} if row["moe/dropped_full"] else set()
-        assert set(row) == documented | reasons | ({"eval/loss"} if row["train/step"] in (20, 40) else set())
+        assert set(row) == documented | ({"eval/loss"} if row["train/step"] in (20, 40) else set())
 
 
 def test_metrics_agree_with_the_loads(whole: Story):
@@ -186,11 +188,13 @@ def test_metrics_agree_with_the_loads(whole: Story):
         load, kept = row["moe/layer_01/load"], row["moe/layer_01/kept"]
         assert len(load) == len(kept) == EXPERTS and sum(load) == TOKENS_STEP * TOP_K
         assert all(stays <= min(asks, limit) for stays, asks in zip(kept, load, strict=True))
-        assert row["moe/layer_01/dropped"] == [asks - stays for stays, asks in zip(kept, load, strict=True)]
-        assert row.get("moe/layer_01/dropped_full", [0] * EXPERTS) == row["moe/layer_01/dropped"]
         assert row["moe/dropped_full"] == sum(load) - sum(kept)
         assert row["moe/drop_rate"] == pytest.approx(1 - sum(kept) / sum(load), abs=1e-12)
-        assert row["moe/max_vio"] == row["moe/layer_01/max_vio"] == pytest.approx(max(load) * EXPERTS / sum(load) - 1)
+        assert (
+            row["moe/max_vio"]
+            == pytest.approx(row["moe/layer_01/max_vio"], rel=1e-5)
+            == pytest.approx(max(load) * EXPERTS / sum(load) - 1)
+        )
         assert row["train/tokens"] == row["train/step"] * TOKENS_STEP
         assert row["train/lr_experts"] <= 5e-4 and row["train/grad_norm"] > 0 and row["train/tokens_per_s"] > 0
     assert whole.rows[-1]["train/loss"] < whole.rows[0]["train/loss"]
@@ -207,13 +211,15 @@ def test_the_offline_wandb_file_holds_them_too(whole: Story):
     for row in whole.rows:
         stored = history[row["train/step"]]
         for key, value in row.items():
+            if key == "moe/layers/block":
+                continue
             if isinstance(value, list):
                 assert stored[f"{key}.values"] == value
                 assert [
                     stored[f"moe/layer_01/expert_{e:03d}/{key.rpartition('/')[2]}"] for e in range(EXPERTS)
                 ] == value
             else:
-                assert stored[key] == pytest.approx(value, rel=1e-12)
+                assert stored[key] == pytest.approx(value, rel=1e-5 if key.startswith("moe/layer_") else 1e-12)
 
 
 def test_sigterm_saves_and_says_so(chain: Story):

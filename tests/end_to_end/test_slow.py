@@ -16,7 +16,8 @@ import pytest
 from moedist.data.python_stdlib import PythonStdlibConfig
 from moedist.data.yardstick import bigram_cross_entropy
 from moedist.train.checkpoint.manifest import folder_name, verify
-from tests.end_to_end.runs import Command, of_no_clock, processes_of, read_rows, start, train
+from tests.end_to_end.runs import Command, of_no_clock, processes_of, start, train
+from tests.rows import read_rows
 
 pytestmark = pytest.mark.slow
 

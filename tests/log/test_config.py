@@ -9,7 +9,7 @@ from moedist.config import ConfigError, to_mapping
 from moedist.log.config import LogConfig
 
 
-@pytest.mark.parametrize(("key", "value"), [("dead_window", 0), ("max_expert_keys", -1)])
+@pytest.mark.parametrize(("key", "value"), [("dead_window", 0), ("max_scalar_keys", -1)])
 def test_values_that_cannot_work_are_refused_with_key_value_and_remedy(key, value):
     with pytest.raises(ConfigError, match=rf"^{key} = {value} .+\. Set .+"):
         LogConfig(**{key: value})

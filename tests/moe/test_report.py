@@ -19,6 +19,8 @@ def report(losses, coefficients, counts):
         counts={},
         observed={},
         router_entropy=torch.tensor(0.5),
+        top_probability=torch.tensor(0.75),
+        room=torch.tensor(16),
         asked_E=torch.tensor(counts),
         kept_E=torch.tensor(counts) // 2,
         dropped_ME=torch.tensor([[0, 0], counts, [0, 0]]) - torch.tensor([[0, 0], counts, [0, 0]]) // 2,
@@ -37,7 +39,8 @@ def test_layers_with_unlike_losses():
         [[6, 0], [3, 0], [0, 0], [3, 0], [0, 0]],
     ]
     assert packed.count_LME.dtype == torch.int64
-    assert packed.entropy_L.tolist() == [0.5, 0.5]
+    assert packed.router_LQ.tolist() == [[0.5, 0.75], [0.5, 0.75]]
+    assert packed.room_L.tolist() == [16, 16]
     packed.objective().backward()
     assert packed.objective().item() == pytest.approx(0.2 + 0.03 + 1.4 + 5)
     # Pitfall 10: each coefficient acts once.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from moedist.moe.router.topk import TopKConfig
 from moedist.moe.trace import open_trace, read_step
 from moedist.train.run import run_rank
 from tests.ranks import Here
+from tests.rows import read_rows
 from tests.train.tiny import CONFIG, LENGTH, ROWS, changed, in_folder, make_trainer, no_measuring
 
 STEPS = 3
@@ -155,7 +155,7 @@ def test_a_run_and_its_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]
                 assert run_rank(config, claim.path, Mesh.alone()) == 0
         finally:
             claim.release()
-        records.append([json.loads(line) for line in (claim.path / "metrics.jsonl").read_text().splitlines()])
+        records.append(read_rows(claim.path))
     assert sorted(path.name for path in (tmp_path / "first" / "traces").iterdir()) == ["step_00000001", "step_00000002"]
     assert not (tmp_path / "again" / "traces").exists()
     for got, expected in zip(records[1], records[0], strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,6 +34,7 @@ from moedist.train.config import RunConfig, RunFolder, TrainConfig
 from moedist.train.optimizer.adamw import AdamWConfig
 from moedist.train.schedule.cosine import CosineConfig
 from moedist.train.trainer import Progress, Trainer
+from tests.rows import of_no_clock, read_rows
 
 ROWS, LENGTH = 2, 16
 
@@ -104,9 +104,7 @@ def no_measuring() -> AbstractContextManager[object]:
 
 def rows_of(run_dir: Path) -> dict[int, dict[str, Any]]:
     """The metrics of a run by step, those that no clock decides; of a replayed step the last one."""
-    timed = ("train/tokens_per_s", "train/mfu", "train/memory_gib", "replayed")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {record["train/step"]: {k: v for k, v in record.items() if k not in timed} for record in records}
+    return {row["train/step"]: of_no_clock(row) for row in read_rows(run_dir)}
 
 
 def digest_of(config: RunConfig, checkpoint: Path) -> str:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import numpy as np
+
 from moedist.config import Choice
 
-Value = float | int | str | bool | list[Any] | None
-"""A metric: a number, or a (nested) list of numbers over all experts by global id, or over layers and experts."""
+Value = float | int | str | bool | list[Any] | np.ndarray | None
+"""A metric: a number, a list with a number for each MoE layer, or an [L, E] array over layers and experts by global id
+(`moedist.log.metrics`)."""
 
 
 def step_of(record: Mapping[str, Value]) -> int:
@@ -34,7 +37,7 @@ class RunInfo:
         config: the run's configuration as plain mappings, unresolved, secrets redacted.
         num_steps: the last step of the run.
         device: a word on the hardware (``4 x cpu``).
-        max_expert_keys: bound on per-expert scalar keys for sinks that keep one series per key.
+        max_scalar_keys: bound on the series of sinks that keep one per key.
         terminal: where people look; the rank's own stdout may be a log file.
     """
 
@@ -45,7 +48,7 @@ class RunInfo:
     config: Mapping[str, Any]
     num_steps: int
     device: str
-    max_expert_keys: int = 512
+    max_scalar_keys: int = 200
     terminal: TextIO = dataclasses.field(default_factory=lambda: sys.stdout)
 
 

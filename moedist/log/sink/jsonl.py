@@ -1,4 +1,5 @@
-"""Metrics as JSON lines: ``<run>/metrics.jsonl``, one object per log step, never rewritten."""
+"""Metrics as files of the run folder, only ever appended to: ``metrics.jsonl``, one object per log step, and
+``experts.bin``, the arrays over layers and experts (`moedist.log.run_files` reads both)."""
 
 from __future__ import annotations
 
@@ -10,36 +11,65 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moedist.config import require
+from moedist.log import metrics
+from moedist.log.run_files import EXPERTS, METRICS, append_frame
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
+
+FRAMES = 500
+"""How many steps of a run ``experts.bin`` holds, unless its interval is given: some tens of megabytes at 48 x 128."""
+DIGITS = 6
+"""Significant digits of the numbers in a column; those of the whole run are kept whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlConfig(SinkConfig):
-    """JSON lines below the run folder. NaN and infinities are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``,
-    which JSON has no numbers for; Python's ``float`` reads them back.
+    """JSON lines below the run folder, and the arrays over experts beside them. NaN and infinities are the strings
+    ``"NaN"``, ``"Infinity"``, ``"-Infinity"``, which JSON has no numbers for; Python's ``float`` reads them back.
+
+    Attributes:
+        experts_every: steps between two frames of ``experts.bin``, at log steps; None for a five-hundredth of the run.
     """
 
+    experts_every: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.experts_every is None or self.experts_every >= 1,
+            "experts_every",
+            self.experts_every,
+            "is no number of steps",
+            "Set 1 or more, or null.",
+        )
+
     def open(self, run: RunInfo, say: Callable[[str], None]) -> Sink:
-        return JsonlSink(run.directory / "metrics.jsonl", say)
+        every = self.experts_every or max(1, run.num_steps // FRAMES)
+        return JsonlSink(run.directory, say, every, run.num_steps)
 
 
 class JsonlSink:
     """Appends records, each flushed; rows of steps that the file already holds are marked ``"replayed": true``.
 
+    Such a step has its arrays in ``experts.bin`` twice too, and its reader takes the last.
+
     A process killed while writing leaves half a line: opening moves it to ``metrics.jsonl.partial``, so that every line
     of the file is an object. A full disk costs rows and one warning, never the run.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]):
-        self._path, self._say = path, say
+    def __init__(self, folder: Path, say: Callable[[str], None], experts_every: int = 1, num_steps: int | None = None):
+        self._path, self._say, self._every, self._num_steps = folder / METRICS, say, experts_every, num_steps
         self._warned = False
         self._mend()
-        self._held = set(_steps(path))
-        self._file = path.open("ab", buffering=0)
+        self._held = set(_steps(self._path))
+        self._file = self._path.open("ab", buffering=0)
+        self._frames_done = -1
 
     def write(self, record: Mapping[str, Value]) -> None:
         replayed = {"replayed": True} if step_of(record) in self._held else {}
-        line = json.dumps(json_safe({**record, **replayed}), allow_nan=False).encode() + b"\n"
+        row = {key: _short(value) for key, value in record.items() if not isinstance(value, np.ndarray)}
+        line = json.dumps(json_safe({**row, **replayed}), allow_nan=False).encode() + b"\n"
         begin = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
@@ -47,12 +77,30 @@ class JsonlSink:
                 raise OSError(f"{written} of {len(line)} bytes written")
         except OSError as error:
             self._file.truncate(begin)
-            if not self._warned:
-                self._warned = True
-                self._say(
-                    f"Warning: {self._path} misses rows from step {step_of(record)} on: {error}. Free some "
-                    "space; the run goes on."
-                )
+            self._warn(self._path, record, error)
+        try:
+            self._write_experts(record)
+        except OSError as error:
+            self._warn(self._path.with_name(EXPERTS), record, error)
+
+    def _write_experts(self, record: Mapping[str, Value]) -> None:
+        """A frame at the first log step of every interval, and at the last step."""
+        prefix = f"{metrics.EXPERTS}/"
+        arrays = {key.removeprefix(prefix): value for key, value in record.items() if isinstance(value, np.ndarray)}
+        step, blocks = step_of(record), record.get(f"{metrics.LAYERS}/block")
+        due = step // self._every
+        if not isinstance(blocks, list) or (due == self._frames_done and step != self._num_steps):
+            return
+        self._frames_done = due
+        append_frame(self._path.with_name(EXPERTS), step, blocks, arrays)
+
+    def _warn(self, path: Path, record: Mapping[str, Value], error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            self._say(
+                f"Warning: {path} misses rows from step {step_of(record)} on: {error}. Free some "
+                "space; the run goes on."
+            )
 
     def say(self, line: str) -> None:
         """Text is for people; this file holds metrics only."""
@@ -76,6 +124,13 @@ class JsonlSink:
             file.write(rest + b"\n")
         os.truncate(self._path, len(text) - len(rest))
         self._say(f"{self._path} ended in half a row (a killed run); moved it to {self._path.name}.partial.")
+
+
+def _short(value: Value) -> Value:
+    """A column with few digits; other values as they are."""
+    if not isinstance(value, list):
+        return value
+    return [float(f"{number:.{DIGITS}g}") if isinstance(number, float) else number for number in value]
 
 
 def json_safe(value: Any) -> Any:

@@ -19,19 +19,23 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from moedist.log.run_files import read_metrics
+from moedist.log.series import Row, Series
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
 
 PROBE_S = 3.0
 INIT_S = 15
 CLOSE_S = 10.0
 MAX_BINS = 512  # of a W&B histogram
+MAX_ROWS = 10_000  # of a W&B table that it draws
+FLUSH_ROWS = 1000  # log steps between two uploads of tables
 QUEUE_SIZE = 1000
 
 # wandb records command lines, the machine, the packages, git and code by itself; secrets travel in all of them.
@@ -117,14 +121,18 @@ class WandbSink:
             self._warn(f"is off: {_first_line(error)}")
             self._drain()
             return
-        rows = Rows(self._run.max_expert_keys, self._say)
+        series, tables = Series(self._run.max_scalar_keys), Tables(read_metrics(self._run.directory))
         while (record := self._queue.get()) is not None:
+            row = series.row(record)
+            tables.add(step_of(record), row)
             if step_of(record) in held or step_of(record) <= last_online:
                 continue
-            try:
-                tracker.log(rows.of(record))
-            except Exception as error:
-                self._warn(f"misses rows: {_first_line(error)}")
+            with self._may_miss("rows"):
+                bars = {key: expert_histogram(count_E) for key, count_E in row.histograms.items()}
+                tracker.log({**row.scalars, **bars})
+            if tables.waiting >= FLUSH_ROWS:
+                self._send_tables(tracker, tables)
+        self._send_tables(tracker, tables)
         try:
             tracker.finish(exit_code=self._exit_code)
             _end_service()  # finish returns before the file is whole
@@ -151,7 +159,8 @@ class WandbSink:
             tracker = self._init("offline")
             self._say("W&B: offline" + (f" ({reason})" if reason else ""))
         tracker.define_metric("train/step")
-        tracker.define_metric("*", step_metric="train/step")
+        # Not synced: W&B would add the last step to rows without one, and have it twice.
+        tracker.define_metric("*", step_metric="train/step", step_sync=False)
         return tracker
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
@@ -180,6 +189,19 @@ class WandbSink:
             settings=settings,
         )
 
+    def _send_tables(self, tracker: Any, tables: Tables) -> None:
+        with self._may_miss("tables"):
+            if found := tables.flush():
+                tracker.log(found)  # a row of its own, without a step
+
+    @contextlib.contextmanager
+    def _may_miss(self, what: str) -> Iterator[None]:
+        """Trouble inside costs ``what``, and one warning."""
+        try:
+            yield
+        except Exception as error:
+            self._warn(f"misses {what}: {_first_line(error)}")
+
     def _drain(self) -> None:
         while self._queue.get() is not None:
             pass
@@ -195,45 +217,55 @@ class WandbSink:
             self._say(f"Warning: W&B {what}")
 
 
-class Rows:
-    """Turns records into rows for W&B.
+class Tables:
+    """Columns over layers that found no room as series, as one W&B table per quantity: a row per step, a column per
+    layer.
 
-    A list over experts (``moe/layer_00/load``) becomes a histogram with one bin per expert, which draws as a heat map
-    of expert x step, and scalars ``moe/layer_00/expert_003/load``, the first ``max_expert_keys`` of all.
+    W&B draws the first `MAX_ROWS` rows of a table, so a longer one goes on as another, ``moe/layers/max_vio.part2``.
+    A table is sent whole, again at every flush.
+
+    Args:
+        rows: of earlier processes of the run, as ``metrics.jsonl`` has them.
     """
 
-    def __init__(self, max_expert_keys: int, say: Callable[[str], None]):
-        self._max_keys, self._say = max_expert_keys, say
-        self._expert_keys: set[str] = set()
-        self._refused = False
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        self._earlier = list(rows)
+        self._columns: dict[str, dict[int, Sequence[float]]] = {}
+        self._blocks: Sequence[int] = ()
+        self._changed_since = 0
+        self.waiting = 0
 
-    def of(self, record: Mapping[str, Value]) -> dict[str, Any]:
-        """A record as W&B takes it; other values pass unchanged."""
-        row: dict[str, Any] = {}
-        for key, value in record.items():
-            if isinstance(value, list):
-                row[key] = expert_histogram(value)
-                row.update(self._scalars(key, value))
-            else:
-                row[key] = value
-        return row
+    def add(self, step: int, row: Row) -> None:
+        """A step's columns; of a step that comes twice the last."""
+        if not row.tables:
+            return
+        if not self._columns:
+            for key in row.tables:
+                self._columns[key] = {each["train/step"]: each[key] for each in self._earlier if key in each}
+        self._blocks = row.blocks
+        for key, column in row.tables.items():
+            self._columns.setdefault(key, {})[step] = column
+        self.waiting += 1
 
-    def _scalars(self, key: str, count_E: Sequence[int]) -> dict[str, int]:
-        layer, _, quantity = key.rpartition("/")
-        scalars = {f"{layer}/expert_{expert:03d}/{quantity}": count for expert, count in enumerate(count_E)}
-        for name in scalars:
-            if len(self._expert_keys) < self._max_keys:
-                self._expert_keys.add(name)
-        if not self._refused and not scalars.keys() <= self._expert_keys:
-            self._refused = True
-            self._say(
-                f"W&B: per-expert scalars stop at log.max_expert_keys = {self._max_keys}; "
-                "the histograms hold all experts."
-            )
-        return {name: count for name, count in scalars.items() if name in self._expert_keys}
+    def flush(self) -> dict[str, Any]:
+        """The tables that have changed since the last flush, as W&B takes them."""
+        import wandb
+
+        names: list[str | int] = ["train/step", *(f"layer_{block:02d}" for block in self._blocks)]
+        found = {}
+        for key, column_of in self._columns.items():
+            rows = [[step, *map(float, column_of[step])] for step in sorted(column_of)]
+            for begin in range(0, len(rows), MAX_ROWS):
+                part = rows[begin : begin + MAX_ROWS]
+                if part[-1][0] > self._changed_since:
+                    name = key if begin == 0 else f"{key}.part{begin // MAX_ROWS + 1}"
+                    found[name] = wandb.Table(columns=names, data=part)
+        self._changed_since = max((step for column_of in self._columns.values() for step in column_of), default=0)
+        self.waiting = 0
+        return found
 
 
-def expert_histogram(count_E: Sequence[int]) -> Any:
+def expert_histogram(count_E: np.ndarray | Sequence[int]) -> Any:
     """One bin per expert by global id; above `MAX_BINS` experts, one per equal run of neighbours."""
     import wandb
 

@@ -18,7 +18,7 @@ def rows(path):
 
 def write_steps(path, *steps):
     said = []
-    sink = JsonlSink(path, said.append)
+    sink = JsonlSink(path.parent, said.append)
     for step in steps:
         sink.write({"train/step": step, "train/loss": 1.0 / step})
     sink.close("done")
@@ -32,7 +32,7 @@ def test_a_row_is_in_the_file_as_soon_as_it_is_written(run_info):
 
 
 def test_numbers_that_json_has_not_are_strings_that_float_reads(tmp_path):
-    sink = JsonlSink(tmp_path / "metrics.jsonl", print)
+    sink = JsonlSink(tmp_path, print)
     sink.write({"train/step": 1, "a": math.nan, "b": [math.inf, {"c": -math.inf}]})
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert row == {"train/step": 1, "a": "NaN", "b": ["Infinity", {"c": "-Infinity"}]}
@@ -101,7 +101,7 @@ class FullDisk:
 def test_a_full_disk_costs_rows_and_one_warning_and_leaves_whole_lines(tmp_path):
     said = []
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(path, said.append)
+    sink = JsonlSink(path.parent, said.append)
     disk = sink._file = FullDisk(sink._file, room=50)
     for step in (1, 2, 3):
         sink.write({"train/step": step, "train/loss": 0.123456})

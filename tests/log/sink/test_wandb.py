@@ -11,13 +11,18 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
+from moedist.log.series import Series
 from moedist.log.sink import wandb as sink_module
-from moedist.log.sink.wandb import Rows, WandbConfig, decide_mode, expert_histogram, has_key, probe, stored_steps
+from moedist.log.sink.jsonl import JsonlConfig
+from moedist.log.sink.wandb import Tables, WandbConfig, decide_mode, expert_histogram, has_key, probe, stored_steps
+from tests.rows import flat
 
+NAMES = ("drop_rate", "max_vio", "load_entropy", "router_entropy", "dead_experts", "balance_loss", "z_loss", "load_cv")
 KEY = "canary5f0cbd35e1a44b2c9e8d7f6a5b4c3d2e1f"
 
 
@@ -44,7 +49,10 @@ def record(step: int, loss: float = 2.5) -> dict:
         blocks=[1],
         loss_names=["switch", "z_loss"],
         loss_LJ=torch.tensor([[1.25, 0.5]]),
-        entropy_L=torch.tensor([0.75]),
+        scaled_LJ=torch.tensor([[0.0125, 0.0005]]),
+        router_L={"router_entropy": torch.tensor([0.75]), "top_probability": torch.tensor([0.5])},
+        micro_vio_L=torch.tensor([1.75]),
+        room_L=torch.tensor([8]),
         count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0], [0] * 4, [0] * 4]]),
         last_seen_LE=torch.full((1, 4), step),
     )
@@ -89,8 +97,8 @@ def test_an_offline_file_holds_the_documented_keys_with_their_values(run_info):
     assert said[1] == f"W&B: to upload what is not there: wandb sync {run_info.directory}/wandb/*run-*"
     records = stored(run_info)
     first, second = history(records)
-    flat = {key: value for key, value in record(10).items() if not isinstance(value, list)}
-    assert flat.items() <= first.items()
+    scalars = {key: value for key, value in flat(record(10)).items() if not isinstance(value, list)}
+    assert scalars.items() <= first.items()
     assert first["moe/layer_01/load._type"] == "histogram"
     assert first["moe/layer_01/load.values"] == [5, 2, 1, 0] and first["moe/layer_01/load.bins"] == [0, 1, 2, 3, 4]
     assert first["moe/layer_01/kept.values"] == [3, 2, 1, 0]
@@ -362,18 +370,44 @@ def test_a_stuck_tracker_costs_rows_and_never_the_run(run_info, monkeypatch):
     assert "too slow" in said[0] and "did not finish" in said[1] and "wandb sync" in said[1]
 
 
-@pytest.mark.pitfall("32")
-def test_per_expert_keys_stop_at_their_bound_and_histograms_hold_all():
-    said: list[str] = []
-    rows = Rows(max_expert_keys=512, say=said.append)
-    step = {f"moe/layer_{layer:02d}/{quantity}": [layer] * 128 for layer in range(48) for quantity in ("load", "kept")}
-    first, second = rows.of(step), rows.of(step)
-    scalars = [key for key in first if "/expert_" in key]
-    assert len(scalars) == 512 and first.keys() == second.keys()
-    assert {key.split("/")[1] for key in scalars} == {"layer_00", "layer_01"}
-    assert all(sum(first[key].histogram) == 128 * step[key][0] and len(first[key].histogram) == 128 for key in step)
-    assert len(said) == 1 and "log.max_expert_keys = 512" in said[0]
-    assert not [key for key in Rows(0, said.append).of(step) if "/expert_" in key]
+@pytest.mark.pitfall("33")
+def test_more_numbers_than_a_table_may_have_rows_are_all_sent(run_info):
+    """40 layers x 256 experts x more steps than W&B draws rows."""
+    blocks, num_steps = list(range(40)), sink_module.MAX_ROWS + 5
+    series, tables = Series(200), Tables()
+    for step in range(1, num_steps + 1):
+        columns = {f"moe/layers/{name}": [step + block / 64 for block in blocks] for name in NAMES}
+        row = series.row({"train/step": step, "moe/layers/block": blocks, **columns})
+        tables.add(step, row)
+    assert len(row.tables) == len(NAMES) - 3 and len(row.scalars) <= 200
+    found = tables.flush()
+    assert {len(table.data) for table in found.values()} == {sink_module.MAX_ROWS, 5}
+    for key in row.tables:
+        rows = found[key].data + found[f"{key}.part2"].data
+        assert rows == [[step, *(step + block / 64 for block in blocks)] for step in range(1, num_steps + 1)]
+    assert tables.flush() == {}, "nothing new"
+    tables.add(num_steps + 1, row)
+    assert {len(table.data) for table in tables.flush().values()} == {6}, "full parts are not sent again"
+    loads = series.row({"train/step": 1, "moe/layers/block": blocks, "moe/experts/load": np.ones((40, 256), int)})
+    assert sum(len(expert_histogram(bars).histogram) for bars in loads.histograms.values()) == 40 * 256
+
+
+def test_tables_lie_in_the_file_and_hold_steps_of_earlier_processes(run_info):
+    few = dataclasses.replace(run_info, max_scalar_keys=0)
+    for steps in ((10, 20), (20, 30)):
+        with_files = [JsonlConfig().open(few, print), WandbConfig().open(few, print)]
+        for step in steps:
+            for sink in with_files:
+                sink.write(record(step))
+        for sink in with_files:
+            sink.close("done")
+    rows = history(stored(run_info))
+    assert [row["train/step"] for row in rows if "train/step" in row] == [10, 20, 30]
+    last = rows[-1]
+    assert last["moe/layers/max_vio._type"] == "table-file" and "train/step" not in last
+    (path,) = [p for p in run_info.directory.rglob("*.table.json") if p.name in last["moe/layers/max_vio.path"]]
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["train/step", "layer_01"] and table["data"] == [[10, 1.5], [20, 1.5], [30, 1.5]]
 
 
 @pytest.mark.parametrize(("num_experts", "bins", "width"), [(1, 1, 1), (512, 512, 1), (513, 257, 2), (2000, 500, 4)])

@@ -1,0 +1,155 @@
+"""The numbers that a run leaves in its folder, and how to read them back; needs numpy only.
+
+``metrics.jsonl`` has a row for each log step: numbers of the whole run, and columns over MoE layers. ``experts.bin``
+has the [L, E] arrays over layers and experts of chosen log steps: a sequence of frames, only ever appended to; a kill
+leaves at most one that is cut off, which readers pass over. A frame is, in this order and little-endian,
+
+    8 bytes  ``MOEXPERT``
+    int64    step
+    uint32   number of bytes of the archive
+    uint32   CRC-32 of the archive
+    archive  a numpy ``.npz``: ``block`` (int64 [L]: which blocks of the model have experts) and [L, E] arrays by name
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS, EXPERTS = "metrics.jsonl", "experts.bin"
+MAGIC = b"MOEXPERT"
+HEAD = struct.Struct("<8sqII")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's ``metrics.jsonl``, in the order of writing; empty where there is no such file.
+
+    Steps that a resumed run has done again come again, marked ``"replayed": true``. Half a row at the end, of a run
+    that writes at this moment or was killed, is left out.
+    """
+    try:
+        lines = (run / METRICS).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = [row for line in lines if isinstance(row := _json(line), dict)]
+    return [row for row in rows if "train/step" in row]
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Where a step's arrays lie in the file."""
+
+    step: int
+    begin: int
+    size: int
+
+
+class ExpertsFile:
+    """Reads ``experts.bin`` of a run folder; may be opened while the run writes.
+
+    >>> experts = ExpertsFile(Path("runs/first"))                     # doctest: +SKIP
+    >>> experts.steps, experts.names                                  # doctest: +SKIP
+    ((10, 20), ('load', 'kept', 'dropped_full', ...))
+    >>> experts.at(20)["load"].shape, experts.stack("load").shape     # doctest: +SKIP
+    ((2, 8), (2, 2, 8))
+
+    Attributes:
+        steps: steps that have arrays, growing; of a step that a resumed run did again, the last one counts.
+        blocks: for each of the L layers the index of its block in the model; empty for a file without steps.
+        names: of the arrays that every step has.
+    """
+
+    def __init__(self, run: Path):
+        self._path = run / EXPERTS
+        self._frames: dict[int, Frame] = {}
+        if self._path.exists():
+            self._frames = {frame.step: frame for frame in whole_frames(self._path.read_bytes())}
+        self.steps: tuple[int, ...] = tuple(sorted(self._frames))
+        first = self._read(self.steps[0]) if self.steps else {"block": np.zeros(0, np.int64)}
+        self.blocks: tuple[int, ...] = tuple(first["block"].tolist())
+        self.names: tuple[str, ...] = tuple(name for name in first if name != "block")
+
+    def at(self, step: int) -> dict[str, np.ndarray]:
+        """[L, E] arrays of one of `steps`, by name."""
+        return {name: array for name, array in self._read(step).items() if name != "block"}
+
+    def stack(self, name: str, steps: Sequence[int] | None = None) -> np.ndarray:
+        """[S, L, E]: one array of all ``steps`` (None: of all that there are)."""
+        return np.stack([self._read(step)[name] for step in (self.steps if steps is None else steps)])
+
+    def _read(self, step: int) -> dict[str, np.ndarray]:
+        frame = self._frames[step]
+        with self._path.open("rb") as file:
+            file.seek(frame.begin)
+            archive = file.read(frame.size)
+        with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def whole_frames(content: bytes) -> Iterator[Frame]:
+    """The frames of a file; what a kill has cut off, and what is damaged, is passed over."""
+    place = content.find(MAGIC)
+    while place >= 0:
+        begin = place + HEAD.size
+        end = begin
+        if begin <= len(content):
+            _, step, size, crc = HEAD.unpack_from(content, place)
+            end = begin + size
+            if end <= len(content) and zlib.crc32(memoryview(content)[begin:end]) == crc:
+                yield Frame(step, begin, size)
+            else:
+                end = place + len(MAGIC)
+        place = content.find(MAGIC, end)
+
+
+def append_frame(path: Path, step: int, blocks: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
+    """Adds a step's [L, E] arrays to ``experts.bin``.
+
+    Raises:
+        OSError: the disk refuses; the file is as it was.
+    """
+    frame = pack_frame(step, {"block": np.asarray(blocks, np.int64), **arrays})
+    with path.open("ab", buffering=0) as file:
+        begin = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(frame)
+            if written != len(frame):  # a disk that fills up takes the first part without an error
+                raise OSError(f"{written} of {len(frame)} bytes written")
+        except OSError:
+            file.truncate(begin)
+            raise
+
+
+def pack_frame(step: int, arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A frame of the file. Whole numbers are kept in the narrowest type that holds them."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as entries:
+        for name, array in arrays.items():
+            with entries.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, _narrow(array), allow_pickle=False)
+    content = archive.getvalue()
+    return HEAD.pack(MAGIC, step, len(content), zlib.crc32(content)) + content
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(array.dtype, np.integer) or array.size == 0:
+        return array
+    widest = np.promote_types(np.min_scalar_type(array.min()), np.min_scalar_type(array.max()))
+    return array.astype(widest)

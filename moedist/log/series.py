@@ -1,0 +1,123 @@
+"""A record as the series of trackers that keep one per key, within a bound on their number."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from moedist.log.metrics import EXPERTS, LAYERS
+from moedist.log.sink.contract import Value
+
+Scalar = float | int | str | bool
+
+RUN_KEYS = 50
+"""Room that is kept for numbers of the whole run, before any layer gets a key of its own."""
+HISTOGRAMS = ("load", "kept")
+"""Arrays over experts that every layer has as a histogram."""
+FIRST = ("drop_rate", "max_vio", "load_entropy", "router_entropy", "dead_experts", "balance_loss", "z_loss")
+"""Quantities of layers in the order in which they get keys; the others follow in the order of the record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a tracker gets of one record.
+
+    Attributes:
+        scalars: one series each.
+        histograms: one bar per expert by global id: ``moe/layer_00/load``.
+        tables: columns over layers that found no room as series: ``moe/layers/max_vio``.
+        blocks: the blocks that the columns are of.
+    """
+
+    scalars: dict[str, Scalar]
+    histograms: dict[str, np.ndarray]
+    tables: dict[str, Sequence[float]]
+    blocks: Sequence[int]
+
+
+class Series:
+    """Cuts records into rows of at most ``max_scalar_keys`` series, the same ones at every step.
+
+    Numbers of the whole run come first. A quantity of layers (``moe/layer_00/max_vio``) gets keys for all layers or for
+    none: where they don't fit, its columns go into a table, so nothing is dropped. Where all of them fit, arrays over
+    experts (``moe/layer_00/expert_003/load``) get what is left, each for all layers and experts or for none.
+    """
+
+    def __init__(self, max_scalar_keys: int):
+        self.max_scalar_keys = max_scalar_keys
+        self._chosen: set[str] | None = None
+
+    def row(self, record: Mapping[str, Value]) -> Row:
+        """One record."""
+        blocks = blocks_of(record)
+        columns = {key: value for key, value in record.items() if isinstance(value, list) and key != BLOCK}
+        arrays = {key: value for key, value in record.items() if isinstance(value, np.ndarray)}
+        scalars = {key: value for key, value in record.items() if isinstance(value, (float, int, str, bool))}
+        if self._chosen is None and blocks:
+            self._chosen = self._choose(columns, arrays)
+        chosen = self._chosen or set()
+        for key in [key for key in columns if key in chosen]:
+            scalars |= of_layers(key, blocks, columns[key])
+        for key in [key for key in arrays if key in chosen]:
+            scalars |= of_experts(key, blocks, arrays[key])
+        return Row(
+            scalars=scalars,
+            histograms=dict(histograms(blocks, arrays)),
+            tables={key: column for key, column in columns.items() if key not in chosen},
+            blocks=blocks,
+        )
+
+    def _choose(self, columns: Mapping[str, Sequence[float]], arrays: Mapping[str, np.ndarray]) -> set[str]:
+        """The columns and arrays that get keys."""
+        room = self.max_scalar_keys - RUN_KEYS
+        order = {f"{LAYERS}/{name}": place for place, name in enumerate(FIRST)}
+        chosen = set()
+        for key in sorted(columns, key=lambda key: order.get(key, len(order))):
+            if len(columns[key]) <= room:
+                chosen.add(key)
+                room -= len(columns[key])
+        for key, array in arrays.items() if chosen == columns.keys() else ():
+            if array.size <= room:
+                chosen.add(key)
+                room -= array.size
+        return chosen
+
+
+BLOCK = f"{LAYERS}/block"
+
+
+def blocks_of(record: Mapping[str, Value]) -> list[int]:
+    """The blocks of a record's columns; empty for a model without MoE layers."""
+    blocks = record.get(BLOCK, [])
+    assert isinstance(blocks, list)
+    return blocks
+
+
+def layer_key(block: int, name: str) -> str:
+    """``moe/layer_07/max_vio``."""
+    return f"moe/layer_{block:02d}/{name}"
+
+
+def of_layers(key: str, blocks: Sequence[int], column: Sequence[float]) -> dict[str, Scalar]:
+    """A column as series: ``moe/layers/max_vio`` becomes ``moe/layer_00/max_vio`` and so on."""
+    name = key.removeprefix(f"{LAYERS}/")
+    return {layer_key(block, name): value for block, value in zip(blocks, column, strict=True)}
+
+
+def of_experts(key: str, blocks: Sequence[int], array_LE: np.ndarray) -> dict[str, Scalar]:
+    """An array as series: ``moe/experts/load`` becomes ``moe/layer_00/expert_000/load`` and so on."""
+    name = key.removeprefix(f"{EXPERTS}/")
+    return {
+        layer_key(block, f"expert_{expert:03d}/{name}"): value
+        for block, row_E in zip(blocks, array_LE.tolist(), strict=True)
+        for expert, value in enumerate(row_E)
+    }
+
+
+def histograms(blocks: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """`HISTOGRAMS` of every layer: ``moe/layer_00/load``."""
+    for name in HISTOGRAMS:
+        if (array_LE := arrays.get(f"{EXPERTS}/{name}")) is not None:
+            yield from ((layer_key(block, name), row_E) for block, row_E in zip(blocks, array_LE, strict=True))
