@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,8 +21,12 @@ class Engine(Protocol):
         """Adds the gradient of this rank's share of the global loss; ``last`` for the step's last micro-batch."""
         ...
 
-    def step(self) -> float:
+    def step(self, summed: Callable[[], None] = lambda: None) -> float:
         """Sums the gradients over ranks, clips, updates, clears.
+
+        Args:
+            summed: called once every ``parameter.grad`` is that of the global batch, before the clip; not called by an
+                engine that keeps gradients elsewhere.
 
         Returns:
             The norm of the whole model's gradient before the clip, equal on all ranks. Where it is not finite, the

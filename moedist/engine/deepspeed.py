@@ -15,7 +15,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,13 @@ class DeepSpeedEngine:
         # a gradient alone that came through another tensor.
         self.engine.backward(self.engine(loss).clone(), scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self, summed: Callable[[], None] = lambda: None) -> float:
         """Norm, clip, update, clear: DeepSpeed's, but for the norm and the clip of ZeRO 0."""
         self.rates = self._rates()
         if self.zero is not None:
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
+        summed()
         norm = self.gradients.norm(self.model).item()
         if not math.isfinite(norm):
             self.engine.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,9 +77,10 @@ class NativeEngine:
         sum_replicas(self.model, now=last)
         loss.backward()
 
-    def step(self) -> float:
+    def step(self, summed: Callable[[], None] = lambda: None) -> float:
         """Sum, norm, clip, update, clear."""
         self.gradients.sum_copies(self.model)
+        summed()
         norm = self.gradients.norm(self.model).item()
         if math.isfinite(norm):
             if self.clip_norm is not None and norm > self.clip_norm:

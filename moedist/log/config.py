@@ -50,17 +50,26 @@ class LogConfig(Config):
         max_scalar_keys: bound on the number of series in trackers that keep one per key; 48 layers x 128 experts would
             be 6,144 per quantity. What finds no room is not dropped: layers' numbers go into tables, and the files of
             the run folder hold everything (`moedist.log.series`).
+        peak_tflops: what one device can do at most, in TFLOP/s, for ``train/mfu``; None to measure it at the start.
         trace: steps whose routing is recorded.
         sinks: where numbers go, by any name; none of them can stop a run.
     """
 
     dead_window: int = 100
     max_scalar_keys: int = 200
+    peak_tflops: float | None = None
     trace: TraceConfig = dataclasses.field(default_factory=TraceConfig)
     sinks: dict[str, SinkConfig] = dataclasses.field(default_factory=_default_sinks)
 
     def __post_init__(self) -> None:
         require(self.dead_window >= 1, "dead_window", self.dead_window, "is not a number of steps", "Set 1 or more.")
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            "peak_tflops",
+            self.peak_tflops,
+            "is no speed",
+            "Set the device's peak in TFLOP/s, or null.",
+        )
         require(
             self.max_scalar_keys >= 0,
             "max_scalar_keys",

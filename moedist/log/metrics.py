@@ -72,6 +72,7 @@ def train_metrics(
     learning_rates: Mapping[str, float],
     grad_norm: float,
     memory_gib: float,
+    data_wait: float = 0.0,
     flops_per_token: float | None = None,
     peak_flops: float | None = None,
 ) -> dict[str, Value]:
@@ -85,8 +86,9 @@ def train_metrics(
         learning_rates: by parameter group.
         grad_norm: of the whole model before the clip, each logical parameter counted once.
         memory_gib: largest peak of allocated memory over ranks.
+        data_wait: share of the time in steps since the last record that ranks waited for data, their mean.
         flops_per_token: 6 x active matmul parameters without the input embedding + attention, causal counted once.
-        peak_flops: measured peak of all devices together, FLOP/s; without it there is no ``train/mfu``.
+        peak_flops: peak of all devices together, measured or given, FLOP/s; without it there is no ``train/mfu``.
     """
     record: dict[str, Value] = {
         "train/step": step,
@@ -95,11 +97,46 @@ def train_metrics(
         "train/tokens_per_s": tokens_per_s,
         "train/grad_norm": grad_norm,
         "train/memory_gib": memory_gib,
+        "train/data_wait": data_wait,
     }
     record |= {f"train/lr_{group}": lr for group, lr in learning_rates.items()}
-    if flops_per_token is not None and peak_flops:
-        record["train/mfu"] = flops_per_token * tokens_per_s / peak_flops
+    if flops_per_token is not None:
+        record["train/tflops"] = flops_per_token * tokens_per_s / 1e12
+        if peak_flops:
+            record["train/mfu"] = flops_per_token * tokens_per_s / peak_flops
     return record
+
+
+def time_metrics(
+    *,
+    seconds: Mapping[str, float],
+    most_compute_s: float,
+    bytes_sent: int,
+    bytes_arrived: int,
+    most_bytes_arrived: int,
+    num_ranks: int,
+) -> dict[str, Value]:
+    """Where the time of one step went, and what its exchanges of rows moved.
+
+    Args:
+        seconds: by part of the step, summed over ranks; ``compute`` without ``exchange``.
+        most_compute_s: seconds of ``compute`` on the rank with most of them.
+        bytes_sent: to other ranks, over all of them.
+        bytes_arrived: at all ranks from all, themselves included.
+        most_bytes_arrived: at the rank where most arrived.
+        num_ranks: ranks.
+    """
+    record: dict[str, Value] = {f"time/{part}": total / num_ranks for part, total in seconds.items()}
+    record["time/step"] = sum(seconds.values()) / num_ranks
+    record["time/compute_imbalance"] = _excess(most_compute_s, seconds["compute"] / num_ranks)
+    record["moe/exchange_bytes"] = bytes_sent
+    record["moe/exchange_imbalance"] = _excess(most_bytes_arrived, bytes_arrived / num_ranks)
+    return record
+
+
+def _excess(most: float, mean: float) -> float:
+    """``most / mean - 1``; 0 of nothing."""
+    return most / mean - 1 if mean > 0 else 0.0
 
 
 def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:

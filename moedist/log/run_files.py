@@ -64,12 +64,6 @@ class Frame:
 class ExpertsFile:
     """Reads ``experts.bin`` of a run folder; may be opened while the run writes.
 
-    >>> experts = ExpertsFile(Path("runs/first"))                     # doctest: +SKIP
-    >>> experts.steps, experts.names                                  # doctest: +SKIP
-    ((10, 20), ('load', 'kept', 'dropped_full', ...))
-    >>> experts.at(20)["load"].shape, experts.stack("load").shape     # doctest: +SKIP
-    ((2, 8), (2, 2, 8))
-
     Attributes:
         steps: steps that have arrays, growing; of a step that a resumed run did again, the last one counts.
         blocks: for each of the L layers the index of its block in the model; empty for a file without steps.

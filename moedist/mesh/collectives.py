@@ -8,6 +8,7 @@ group's name: a compiled graph holds them whole, and selective recomputation can
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moedist.mesh.axis import Axis, process_group
+from moedist.mesh.meter import current_meter
 
 
 @torch.library.custom_op("moedist::all_sum_", mutates_args=("tensor",))
@@ -39,9 +41,23 @@ def all_max(tensor: Tensor, axis: Axis) -> Tensor:
 
 @torch.library.custom_op("moedist::all_to_all", mutates_args=())
 def _all_to_all(send: Tensor, group_name: str, send_sizes: list[int] | None, receive_sizes: list[int] | None) -> Tensor:
-    received = _room(send, receive_sizes)
-    dist.all_to_all_single(received, send.contiguous(), receive_sizes, send_sizes, group=process_group(group_name))
+    received, group = _room(send, receive_sizes), process_group(group_name)
+    with _metered(send, send_sizes, received, group):
+        dist.all_to_all_single(received, send.contiguous(), receive_sizes, send_sizes, group=group)
     return received
+
+
+def _metered(
+    send: Tensor, send_sizes: list[int] | None, received: Tensor, group: dist.ProcessGroup
+) -> contextlib.AbstractContextManager[None]:
+    """Lets whoever measures exchanges measure this one."""
+    meter = current_meter()
+    if meter is None:
+        return contextlib.nullcontext()
+    world, rank = group.size(), group.rank()
+    kept = send.shape[0] // world if send_sizes is None else send_sizes[rank]
+    row = send.element_size() * (send.numel() // send.shape[0] if send.shape[0] else 0)
+    return meter.exchange((send.shape[0] - kept) * row, received.numel() * received.element_size())
 
 
 @_all_to_all.register_fake

@@ -9,7 +9,7 @@ import time
 import torch
 
 from moedist.mesh import Mesh
-from moedist.mesh.collectives import all_max, all_sum
+from moedist.mesh.collectives import all_sum
 
 MEASURE_S = 0.2
 
@@ -32,14 +32,12 @@ def measured_peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
     return float(all_sum(torch.tensor(best, dtype=torch.float64, device=mesh.device), mesh.dp))
 
 
-def peak_memory_gib(mesh: Mesh) -> float:
-    """Largest peak over ranks: allocated device memory on CUDA, resident memory of the process on a CPU."""
-    if mesh.device.type == "cuda":
-        peak = float(torch.cuda.max_memory_allocated(mesh.device))
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    return float(all_max(torch.tensor(peak, dtype=torch.float64, device=mesh.device), mesh.dp)) / 2**30
+def peak_memory(device: torch.device) -> int:
+    """Bytes of this rank's peak: allocated device memory on CUDA, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _synchronize(mesh: Mesh) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moedist.data.contract import Source
 from moedist.data.loader import Loader
-from moedist.log.metrics import moe_metrics, train_metrics
 from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import Value
 from moedist.mesh import Mesh
@@ -25,17 +24,15 @@ from moedist.mesh.collectives import all_sum
 from moedist.model.batch import TokenBatch
 from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
-from moedist.moe.layer import MoELayer, routing_label
 from moedist.moe.record import RoutingRecorder
 from moedist.moe.report import StepCounts, pack_reports
 from moedist.moe.trace import TraceError, write_part
-from moedist.train.build import PARAMETER_DTYPES, SpreadModel, autocast, build_engine
+from moedist.train.build import SpreadModel, autocast, build_engine
 from moedist.train.checkpoint import BackgroundSave, CheckpointStore, DiskError
 from moedist.train.config import RunConfig
 from moedist.train.evaluate import evaluate
+from moedist.train.measures import Measures
 from moedist.train.signals import StopRequest
-from moedist.train.tally import Tally
-from moedist.train.throughput import measured_peak_flops, peak_memory_gib
 from moedist.train.watchdog import Watchdog
 
 WATCHDOG_MARGIN_S = 30.0
@@ -96,18 +93,12 @@ class Trainer:
         self.traces = traces
         self.model = spread.model
         self.recorder = RoutingRecorder(self.model)
-        self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
+        self.measures = Measures(config, mesh, spread)
+        self.tally, self.moe_layers = self.measures.tally, self.measures.moe_layers
         self.engine = build_engine(config, spread, mesh)
-        num_layers = len(self.model.moe_blocks)
-        self.tally = Tally(
-            self.model.moe_blocks,
-            torch.zeros(num_layers, config.moe.num_experts, dtype=torch.int64, device=mesh.device),
-        )
-        self.seconds, self.seconds_tokens = 0.0, 0
         self.grad_norm = math.nan
         started_at = os.environ.get("MOEDIST_STARTED_AT")
         self.waiting_since = None if started_at is None else float(started_at)
-        self.peak_flops: float | None = None
         self.eval_loss: float | None = None
         self.last_record: Mapping[str, Value] = {}
         self.saving: BackgroundSave | None = None
@@ -115,7 +106,8 @@ class Trainer:
         self.saved_step: int | None = None
 
     def enter(self, phase: str, slow: bool = False) -> None:
-        """Tells the watchdog what this rank does now; ``slow`` where that waits for a disk."""
+        """Tells watchdog and clock what this rank does now; ``slow`` where that waits for a disk."""
+        self.measures.clock.enter(phase)
         limit_s = self.config.mesh.save_timeout_s + WATCHDOG_MARGIN_S if slow else None
         self.watchdog.enter(phase, self.progress.step, limit_s)
 
@@ -219,9 +211,8 @@ class Trainer:
         """The steps; see `run`."""
         train, progress = self.config.train, self.progress
         loader = self.loader()
-        dtype = torch.bfloat16 if train.precision == "bf16" else PARAMETER_DTYPES[train.precision]
         self.enter("measure")
-        self.peak_flops = measured_peak_flops(self.mesh, dtype)
+        self.measures.measure_peak()
         self.model.train()
         while progress.step < train.steps:
             if not self.step(loader):
@@ -233,15 +224,14 @@ class Trainer:
             if self.waiting_since is not None:
                 log.say(f"first step done {time.time() - self.waiting_since:.1f} s after the start")
                 self.waiting_since = None
-            last = progress.step == train.steps
-            evaluates = due(train.eval_every, progress.step, last)
+            evaluates = due(train.eval_every, progress.step, train.steps)
             if evaluates:
                 self.eval_loss = evaluate(
                     self.model, self.source, self.config, self.mesh, progress.step, beat=lambda: self.enter("eval")
                 )
-            if evaluates or due(train.log_every, progress.step, last):
+            if self.recorded(progress.step):
                 self.record(log, evaluates)
-            if due(train.checkpoint_every, progress.step, last):
+            if due(train.checkpoint_every, progress.step, train.steps):
                 self.save(log)
         return True
 
@@ -278,12 +268,21 @@ class Trainer:
         )
 
     def step(self, loader: Loader) -> bool:
-        """One optimizer step; False, with nothing done, where a rank was asked to stop.
+        """One optimizer step, measured; False, with nothing done, where a rank was asked to stop.
 
         Raises:
             NonFiniteError: on all ranks; the model is unchanged.
         """
-        start = time.perf_counter()
+        with self.measures.step(self.recorded(self.progress.step + 1)):
+            return self.take_step(loader)
+
+    def recorded(self, step: int) -> bool:
+        """Whether the numbers of ``step`` go to the sinks."""
+        train = self.config.train
+        return any(due(every, step, train.steps) for every in (train.log_every, train.eval_every))
+
+    def take_step(self, loader: Loader) -> bool:
+        """See `step`."""
         config, progress, device = self.config, self.progress, self.mesh.device
         self.enter("data")
         micro_batches = [batch.to(device) for batch in next(loader)]
@@ -316,7 +315,7 @@ class Trainer:
             self.engine.backward(loss, last=place == len(micro_batches))
             self.tally.add(task_loss, reports)
         self.enter("optimizer")
-        self.grad_norm = self.engine.step()
+        self.grad_norm = self.engine.step(self.measures.gradients_summed)
         if not math.isfinite(self.grad_norm):
             raise NonFiniteError(
                 f"the gradient's norm at step {progress.step + 1} is {self.grad_norm}; the model is that of step "
@@ -326,9 +325,8 @@ class Trainer:
         progress.tokens += totals.num_tokens
         progress.next_sample = loader.next_sample
         self.tally.see(progress.step)
+        self.measures.saw(totals.num_tokens)
         self.move_biases()
-        self.seconds += time.perf_counter() - start
-        self.seconds_tokens += totals.num_tokens
         return True
 
     def count_first(self, micro_batches: list[TokenBatch], context: StepContext) -> StepCounts:
@@ -363,30 +361,15 @@ class Trainer:
     def record(self, log: RunLog, evaluated: bool) -> None:
         """Sends the numbers of the step just done to the sinks; all ranks take part."""
         self.enter("metrics")
-        total = self.tally.reduce(self.mesh.dp)
-        memory = peak_memory_gib(self.mesh)
-        record = train_metrics(
-            step=self.progress.step,
-            loss=total.loss,
-            tokens=self.progress.tokens,
-            tokens_per_s=self.seconds_tokens / max(self.seconds, 1e-9),
-            learning_rates=self.engine.learning_rates(),
-            grad_norm=self.grad_norm,
-            memory_gib=memory,
-            flops_per_token=self.spread.flops_per_token,
-            peak_flops=self.peak_flops,
+        record = self.measures.record(
+            self.progress.step, self.progress.tokens, self.engine.learning_rates(), self.grad_norm
         )
-        self.seconds, self.seconds_tokens = 0.0, 0
-        if total.moe is not None:
-            record |= moe_metrics(total.moe, self.progress.step, self.config.log.dead_window)
-        if (label := routing_label(self.model)) is not None:
-            record["moe/routing"] = label
         if evaluated:
             record["eval/loss"] = self.eval_loss
         self.last_record = record
         log.write(record)
 
 
-def due(every: int | None, step: int, last: bool) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens at ``step``."""
-    return every is not None and (last or step % every == 0)
+def due(every: int | None, step: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the ``last`` one, happens at ``step``."""
+    return every is not None and (step == last or step % every == 0)

@@ -18,10 +18,11 @@ from moedist.cli.main import parse
 from moedist.launch.choices import list_choices
 from moedist.launch.compose import compose, compose_yaml, default_mapping, find_groups, parse_overrides
 from moedist.launch.sweep.launchers import LAUNCHERS
-from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
+from moedist.log.metrics import MoEStep, moe_metrics, time_metrics, train_metrics
 from moedist.log.series import Series
 from moedist.moe.plan import DROP_REASONS
 from moedist.moe.report import ROUTER_MEANS
+from moedist.train.clock import PARTS
 from moedist.train.config import RunConfig
 from tests.docs.pages import PAGES, ROOT, blocks, name_of, prose, quoted
 
@@ -73,7 +74,11 @@ def known_metrics() -> set[str]:
         flops_per_token=1.0,
         peak_flops=1.0,
     )
-    record = {**train, **moe_metrics(moe, 1, 100)}
+    parts = dict.fromkeys((*PARTS, "exchange"), 1.0)
+    timed = time_metrics(
+        seconds=parts, most_compute_s=1.0, bytes_sent=1, bytes_arrived=1, most_bytes_arrived=1, num_ranks=1
+    )
+    record = {**train, **timed, **moe_metrics(moe, 1, 100)}
     row = Series(200).row(record)
     return {"eval/loss", *record, *row.scalars, *row.histograms}
 

@@ -169,10 +169,13 @@ def test_metrics_hold_the_documented_keys(whole: Story):
     columns = {
         "balance_loss", "z_loss", "drop_rate", "capacity_used", "max_vio", "max_vio_micro", "load_cv", "load_entropy",
         "router_entropy", "top_probability", "dead_experts", "dropped_full", "dropped_exhausted", "dropped_barred",
+        "expert_weight_norm", "expert_grad_norm",
     }  # fmt: skip
     documented = {
         "train/step", "train/loss", "train/tokens", "train/tokens_per_s", "train/grad_norm", "train/memory_gib",
-        "train/lr_router", "train/lr_experts", "train/lr_other", "train/mfu",
+        "train/lr_router", "train/lr_experts", "train/lr_other", "train/mfu", "train/tflops", "train/data_wait",
+        "time/step", "time/data", "time/compute", "time/exchange", "time/optimizer", "time/other",
+        "time/compute_imbalance", "moe/exchange_bytes", "moe/exchange_imbalance",
         "moe/balance_loss_scaled", "moe/z_loss_scaled", "moe/layers/block",
         *(f"moe/{name}" for name in columns), *(f"moe/layer_01/{name}" for name in columns),
         *(f"moe/layer_01/{name}" for name in ("load", "kept")),

@@ -99,7 +99,7 @@ def make_trainer(
 
 def no_measuring() -> AbstractContextManager[object]:
     """Runs inside take the machine's peak FLOP/s as given, which saves more time than their steps take."""
-    return mock.patch("moedist.train.trainer.measured_peak_flops", lambda *_: 1e9)
+    return mock.patch("moedist.train.measures.measured_peak_flops", lambda *_: 1e9)
 
 
 def rows_of(run_dir: Path) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,156 @@
+"""What a run measures of itself, from the start of a step to the record of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moedist.log.metrics import moe_metrics, time_metrics, train_metrics
+from moedist.log.sink.contract import Value
+from moedist.mesh import Mesh
+from moedist.mesh.meter import ExchangeMeter, measuring
+from moedist.moe.layer import MoELayer, routing_label
+from moedist.parallel.expert_norms import expert_squares
+from moedist.train.build import PARAMETER_DTYPES, SpreadModel
+from moedist.train.clock import PARTS, StepClock
+from moedist.train.config import RunConfig
+from moedist.train.tally import StepSum, Tally
+from moedist.train.throughput import measured_peak_flops, peak_memory
+
+NORMS: Mapping[str, Callable[[nn.Parameter], Tensor | None]] = {
+    "weight_norm": lambda parameter: parameter,
+    "grad_norm": lambda parameter: parameter.grad,
+}
+"""What of an expert's parameters is measured."""
+
+
+class Measures:
+    """One rank's numbers, and how they become a record of all ranks: one sum and one maximum over them.
+
+    What costs more than an addition is measured in recorded steps only. Until the record is asked for nothing here
+    makes the host wait for a device.
+
+    Attributes:
+        tally: what the step adds up to.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, spread: SpreadModel):
+        self.config, self.mesh, self.spread = config, mesh, spread
+        self.moe_layers = [module for module in spread.model.modules() if isinstance(module, MoELayer)]
+        num_layers = len(spread.model.moe_blocks)
+        last_seen_LE = torch.zeros(num_layers, config.moe.num_experts, dtype=torch.int64, device=mesh.device)
+        self.tally = Tally(spread.model.moe_blocks, last_seen_LE)
+        self.clock = StepClock(mesh.device)
+        self.peak_flops: float | None = None
+        self._seconds, self._tokens = 0.0, 0  # of the steps since the last record
+        self._recorded = False
+        self._meter: ExchangeMeter | None = None
+        self._square_LE: dict[str, Tensor] = {}
+
+    def measure_peak(self) -> None:
+        """Sets what MFU is measured against: the given peak, or what all ranks reach now; called by all."""
+        given = self.config.log.peak_tflops
+        if given is not None:
+            self.peak_flops = given * 1e12 * self.mesh.dp.size
+            return
+        precision = self.config.train.precision
+        dtype = torch.bfloat16 if precision == "bf16" else PARAMETER_DTYPES[precision]
+        self.peak_flops = measured_peak_flops(self.mesh, dtype)
+
+    @contextlib.contextmanager
+    def step(self, recorded: bool) -> Iterator[None]:
+        """Around a step; ``recorded`` where a record of it will be asked for."""
+        start = time.perf_counter()
+        self._recorded, self._square_LE = recorded, {}
+        self._meter = ExchangeMeter(self.mesh.device) if recorded else None
+        self.clock.begin(measured=recorded)
+        with measuring(self._meter):
+            yield
+        self.clock.enter("other")
+        self._seconds += time.perf_counter() - start
+
+    def saw(self, num_tokens: int) -> None:
+        """The step has trained on so many valid tokens, of all ranks."""
+        self._tokens += num_tokens
+
+    def gradients_summed(self) -> None:
+        """Gradients are those of the global batch, and not yet clipped."""
+        if not self._recorded or not self.moe_layers:
+            return
+        for name, of in NORMS.items():
+            square_LE = expert_squares(self.moe_layers, self.spread.model, self.spread.gradients, of)
+            if square_LE is not None:
+                self._square_LE[name] = square_LE
+
+    def record(self, step: int, tokens: int, learning_rates: Mapping[str, float], grad_norm: float) -> dict[str, Value]:
+        """The record of the step just done; called by all ranks. The one place where the host waits for numbers.
+
+        Args:
+            step: optimizer steps done.
+            tokens: valid tokens trained on since step 0.
+            learning_rates: by parameter group.
+            grad_norm: of the whole model before the clip.
+        """
+        total = self._reduce()
+        tokens_per_s = self._tokens / max(self._seconds, 1e-9)
+        record = train_metrics(
+            step=step,
+            loss=total.loss,
+            tokens=tokens,
+            tokens_per_s=tokens_per_s,
+            learning_rates=learning_rates,
+            grad_norm=grad_norm,
+            memory_gib=float(total.extra["memory"]) / 2**30,
+            data_wait=float(total.extra["data_s"]) / self.mesh.dp.size / max(self._seconds, 1e-9),
+            flops_per_token=self.spread.flops_per_token,
+            peak_flops=self.peak_flops,
+        )
+        self._seconds, self._tokens, self.clock.data_s = 0.0, 0, 0.0
+        if "seconds" in total.extra:
+            record |= time_metrics(
+                seconds=dict(zip((*PARTS, "exchange"), total.extra["seconds"].tolist(), strict=True)),
+                most_compute_s=float(total.extra["most_compute_s"]),
+                bytes_sent=int(total.extra["bytes_sent"]),
+                bytes_arrived=int(total.extra["bytes_arrived"]),
+                most_bytes_arrived=int(total.extra["most_bytes_arrived"]),
+                num_ranks=self.mesh.dp.size,
+            )
+        if total.moe is not None:
+            record |= moe_metrics(total.moe, step, self.config.log.dead_window)
+        if (label := routing_label(self.spread.model)) is not None:
+            record["moe/routing"] = label
+        return record
+
+    def _reduce(self) -> StepSum:
+        """All numbers of the step over all ranks."""
+        device = self.mesh.device
+        sums = {"data_s": torch.tensor(self.clock.data_s, device=device, dtype=torch.float64)}
+        maxima = {"memory": torch.tensor(peak_memory(device), device=device, dtype=torch.float64)}
+        seconds = self.clock.seconds()
+        if seconds is not None and self._meter is not None:
+            exchange_s = self._meter.seconds
+            own_s = seconds["compute"] - exchange_s
+            rows = [*(seconds | {"compute": own_s}).values(), exchange_s]
+            sums["seconds"] = torch.tensor(rows, device=device, dtype=torch.float64)
+            sums["bytes_sent"] = torch.tensor(self._meter.bytes_sent, device=device)
+            sums["bytes_arrived"] = torch.tensor(self._meter.bytes_arrived, device=device)
+            maxima["most_bytes_arrived"] = sums["bytes_arrived"]
+            maxima["most_compute_s"] = torch.tensor(own_s, device=device, dtype=torch.float64)
+        total = self.tally.reduce(self.mesh.dp, sums | self._square_LE, maxima)
+        if total.moe is None:
+            return total
+        norm_LE = {name: total.extra[name].sqrt() for name in self._square_LE}
+        return dataclasses.replace(total, moe=dataclasses.replace(total.moe, bias_LE=self._bias(), norm_LE=norm_LE))
+
+    def _bias(self) -> Tensor | None:
+        """[L, E]: the selection bias, equal on all ranks; None where no layer has one."""
+        biases = [layer.router.selection_bias for layer in self.moe_layers]
+        if all(bias is None for bias in biases):
+            return None
+        zero_E = torch.zeros(self.config.moe.num_experts, device=self.mesh.device)
+        return torch.stack([zero_E if bias is None else bias for bias in biases]).cpu()
