@@ -148,9 +148,9 @@ def inspect(args: argparse.Namespace) -> int:
 def compare(summary: Summary, other: Path) -> dict[str, tuple[Any, Any]]:
     """Keys of the configuration that differ: value here, value there; None where there is no such key."""
     from moedist.launch.evaluation import find_checkpoint
-    from moedist.launch.folder import flatten
     from moedist.launch.saved import CONFIG, read_mapping
     from moedist.train.checkpoint import read_meta
+    from moedist.train.identity import flatten
 
     if other.is_file():
         mapping = read_mapping(other)

@@ -22,26 +22,10 @@ from moedist.config import ConfigError, ConfigErrors
 from moedist.config.exit_codes import ExitCode
 from moedist.launch.saved import CONFIG, read_mapping, write_config
 from moedist.train.config import RunFolder
+from moedist.train.identity import FREE_KEYS, covered, flatten
 from moedist.train.status import clear_status
 
 LOCK = "run.lock"
-
-FREE_KEYS = (
-    "run",
-    "launch",
-    "mesh",
-    "engine",
-    "log",
-    "checkpoint",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.activation_checkpointing",
-    "train.compile",
-)
-"""What a resumed run may change without being asked: where it runs, how it is watched, and when it ends."""
 
 
 class FolderError(ConfigError):
@@ -188,8 +172,8 @@ def compare_configs(
         if key in before and key in after and before[key] == after[key]:
             continue
         was, now = before.get(key), after.get(key)
-        if _covered(key, FREE_KEYS) or _covered(key, allowed):
-            if not _covered(key, ("run", "launch")):
+        if covered(key, FREE_KEYS) or covered(key, allowed):
+            if not covered(key, ("run", "launch")):
                 lines.append(f"{key}: {was!r} -> {now!r}")
             continue
         was_text = "has no such key" if key not in before else f"has {was!r}"
@@ -290,18 +274,3 @@ def _next_name(path: Path) -> Path:
     while (path / f"config_{number}.yaml").exists():
         number += 1
     return path / f"config_{number}.yaml"
-
-
-def _covered(key: str, branches: Sequence[str]) -> bool:
-    return any(key == branch or key.startswith(f"{branch}.") for branch in branches)
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

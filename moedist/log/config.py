@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moedist.config import Config, require
+from moedist.log.alerts import AlertConfig
 from moedist.log.sink.console import ConsoleConfig
 from moedist.log.sink.contract import SinkConfig
 from moedist.log.sink.jsonl import JsonlConfig
@@ -51,6 +52,7 @@ class LogConfig(Config):
             be 6,144 per quantity. What finds no room is not dropped: layers' numbers go into tables, and the files of
             the run folder hold everything (`moedist.log.series`).
         peak_tflops: what one device can do at most, in TFLOP/s, for ``train/mfu``; None to measure it at the start.
+        alerts: when somebody is told that the run is sick.
         trace: steps whose routing is recorded.
         sinks: where numbers go, by any name; none of them can stop a run.
     """
@@ -58,6 +60,7 @@ class LogConfig(Config):
     dead_window: int = 100
     max_scalar_keys: int = 200
     peak_tflops: float | None = None
+    alerts: AlertConfig = dataclasses.field(default_factory=AlertConfig)
     trace: TraceConfig = dataclasses.field(default_factory=TraceConfig)
     sinks: dict[str, SinkConfig] = dataclasses.field(default_factory=_default_sinks)
 

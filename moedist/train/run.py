@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,9 @@ from moedist.train.build import SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
 from moedist.train.config import RunConfig, TrainConfig
 from moedist.train.ending import DataChangedError, Ending
+from moedist.train.environment import describe_environment
 from moedist.train.evaluate import evaluate
+from moedist.train.identity import Identity, identify
 from moedist.train.signals import StopRequest
 from moedist.train.status import clear_status
 from moedist.train.trainer import WATCHDOG_MARGIN_S, Progress, Trainer
@@ -36,6 +38,7 @@ from moedist.train.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
 TRACES = "traces"
+ENVIRONMENT = "environment.json"
 
 
 def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | None = None) -> int:
@@ -61,7 +64,8 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
         )
         store.prepare()
         found = find_checkpoint(config, store, restarted(mesh.dp, mesh.device))
-        progress = Progress(run_id=choose_run_id(found, run_dir, mesh))
+        who = choose_identity(found, run_dir, mesh)
+        progress = Progress(who.run_id, who.group_id)
         meta = {
             "config": written_config(run_dir),
             "data_fingerprint": source.fingerprint,
@@ -148,12 +152,12 @@ def find_checkpoint(config: RunConfig, store: CheckpointStore, again: bool = Fal
     return path.absolute()
 
 
-def choose_run_id(found: Path | None, run_dir: Path, mesh: Mesh) -> str:
-    """The id of the run that this folder's own checkpoint belongs to; a new one for a fresh start or a branch off
-    another run. The same on all ranks."""
+def choose_identity(found: Path | None, run_dir: Path, mesh: Mesh) -> Identity:
+    """Who the run is, the same on all ranks."""
     own = found is not None and found.parent == (run_dir / CHECKPOINTS).absolute()
-    run_id = read_meta(found)["run_id"] if own and found is not None else secrets.token_hex(4)
-    return broadcast_json(run_id, mesh.dp, mesh.device)
+    meta = None if found is None else read_meta(found)
+    identity = dataclasses.asdict(identify(meta, own, written_config(run_dir)))
+    return Identity(**broadcast_json(identity, mesh.dp, mesh.device))
 
 
 def check_same_data(meta: Mapping[str, Any], source: Source, config: RunConfig) -> None:
@@ -176,13 +180,17 @@ def open_log(config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, t
         directory=run_dir,
         name=config.run.name,
         run_id=progress.run_id,
+        group_id=progress.group_id,
         resumed_step=progress.step,
         config=written_config(run_dir),
+        environment=describe_environment(mesh),
         num_steps=config.train.steps,
         device=f"{mesh.dp.size} x {mesh.device.type}",
         max_scalar_keys=config.log.max_scalar_keys,
         terminal=terminal or sys.stdout,
     )
+    if mesh.dp.rank == 0:
+        (run_dir / ENVIRONMENT).write_text(json.dumps(info.environment, indent=2) + "\n", encoding="utf-8")
     return RunLog(config.log, info, mesh.dp.rank)
 
 

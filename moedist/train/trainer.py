@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moedist.data.contract import Source
 from moedist.data.loader import Loader
+from moedist.log.alerts import Alert
 from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import Value
 from moedist.mesh import Mesh
@@ -50,13 +51,14 @@ class Progress:
     """How far a run is; the part of its state that is no tensor.
 
     Attributes:
-        run_id: stable name of the run, also in trackers: 8 letters and digits.
+        run_id, group_id: stable names of the run, also in trackers (`moedist.train.identity.Identity`).
         step: optimizer steps taken.
         tokens: valid tokens trained on.
         next_sample: the data's state, together with the seed.
     """
 
     run_id: str
+    group_id: str = ""
     step: int = 0
     tokens: int = 0
     next_sample: int = 0
@@ -171,7 +173,7 @@ class Trainer:
     def tell_saved(self, log: RunLog, path: Path, step: int) -> None:
         """Notes a checkpoint that is complete."""
         self.saved_step = step
-        log.say(f"checkpoint {path}")
+        log.saved(step, path)
 
     @contextlib.contextmanager
     def save_failures(self, log: RunLog, must: bool = False) -> Iterator[None]:
@@ -192,6 +194,8 @@ class Trainer:
             self.finish_save(log)
             return done
         except Exception as error:
+            if isinstance(error, NonFiniteError):
+                log.alert(Alert("nan", "a number is none", f"{error}."))
             self.outlast_save(error)
             raise
 

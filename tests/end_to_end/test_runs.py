@@ -138,7 +138,8 @@ def test_a_run_leaves_its_folder(whole: Story):
     end, folder = whole.ends[0], whole.folder
     assert end.exit_code == 0, end.err
     assert {path.name for path in folder.iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "experts.bin", "checkpoints", "wandb", "logs", "status.json",
+        "config.yaml", "environment.json", "metrics.jsonl", "experts.bin", "checkpoints", "wandb",
+        "logs", "status.json",
     }  # fmt: skip
     assert {path.name for path in (folder / "logs").iterdir()} >= {"rank_0.log", "rank_1.log", "launcher.log"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
@@ -203,12 +204,24 @@ def test_metrics_agree_with_the_loads(whole: Story):
     assert whole.rows[-1]["train/loss"] < whole.rows[0]["train/loss"]
 
 
-def test_the_offline_wandb_file_holds_them_too(whole: Story):
-    (path,) = whole.folder.glob("wandb/offline-run-*/*.wandb")
+def wandb_records(run: Path) -> list[dict[str, Any]]:
+    """All records of a run folder of W&B, read by its own reader."""
+    (path,) = run.glob("*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
-    history = {row["train/step"]: row for row in (r["history"]["item"] for r in records if r["type"] == "history")}
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wandb_rows(run: Path) -> list[dict[str, Any]]:
+    """Those of them that hold a step's numbers."""
+    rows = [record["history"]["item"] for record in wandb_records(run) if record["type"] == "history"]
+    return [row for row in rows if "train/step" in row]
+
+
+def test_the_offline_wandb_file_holds_them_too(whole: Story):
+    (path,) = whole.folder.glob("wandb/offline-run-*")
+    records = wandb_records(path)
+    history = {row["train/step"]: row for row in wandb_rows(path)}
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert run["run_id"] == read_meta(whole.folder / "checkpoints" / folder_name(40))["run_id"]
     for row in whole.rows:
@@ -248,6 +261,8 @@ def test_the_run_goes_on_as_if_nothing_had_happened(chain: Story, whole: Story):
     """Preempted, killed, resumed twice: bit for bit the numbers of the uninterrupted run."""
     assert chain.ends[2].exit_code == 0, chain.ends[2].err
     assert of_no_clock(chain.rows) == of_no_clock(whole.rows)
+    tracked = [row["train/step"] for path in chain.folder.glob("wandb/*run-*") for row in wandb_rows(path)]
+    assert sorted(tracked) == list(range(2, STEPS + 1, 2)), "no step is lost in the tracker, and none is there twice"
     assert all(row.get("replayed") for row in chain.rows if row["train/step"] in (20, 22, 24) and "replayed" in row)
     ids = {read_meta(story.folder / "checkpoints" / folder_name(40))["run_id"] for story in (chain, whole)}
     assert len(ids) == 2

@@ -196,5 +196,7 @@ def test_train_metrics():
         "train/lr_experts": 2e-3,
         "train/grad_norm": 1.5,
         "train/memory_gib": 0.25,
+        "train/data_wait": 0.0,
+        "train/tflops": pytest.approx(0.06),
         "train/mfu": pytest.approx(0.06),
     }

@@ -4,11 +4,11 @@ import dataclasses
 
 from moedist.log.config import LogConfig
 from moedist.log.run_log import RunLog
-from moedist.log.sink.contract import SinkConfig
+from moedist.log.sink.contract import Sink, SinkConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class NotesConfig(SinkConfig):
+class NotesConfig(SinkConfig, Sink):
     """Notes what it gets; raises at the calls named in ``broken``."""
 
     notes: list
@@ -75,3 +75,21 @@ def test_a_failing_sink_is_told_of_once_and_does_not_stop_the_others(run_info):
     assert [note for note in good.notes if note[0] == "write"] == [("write", 1), ("write", 2), ("write", 3)]
     assert sum(note[0] == "say" for note in good.notes) == 1
     assert good.notes[-1] == ("close", "done")
+
+
+def test_alerts_and_checkpoints_reach_the_sinks_that_have_a_use_for_them(run_info, tmp_path):
+    heard = []
+
+    class Listening(NotesConfig):
+        def alert(self, title, text):
+            heard.append((title, text))
+
+        def saved(self, step, checkpoint):
+            heard.append((step, checkpoint))
+
+    log = open_log(run_info, deaf=NotesConfig([]), listening=Listening([]))
+    log.write({"train/step": 1, "train/loss": float("nan")})
+    log.write({"train/step": 2, "train/loss": float("nan")})
+    log.saved(2, tmp_path)
+    log.close("failed")
+    assert heard == [("a number is none", "train/loss is nan at step 1."), (2, tmp_path)]

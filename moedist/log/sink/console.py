@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
@@ -23,7 +24,7 @@ class ConsoleConfig(SinkConfig):
         return ConsoleSink(run)
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """Prints records; times what is left from the steps that this process has seen, evaluation and saves included.
 
     Args:
@@ -53,6 +54,12 @@ class ConsoleSink:
             self._screen.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=self._run.terminal, flush=True)
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        self.say(f"checkpoint {checkpoint}")
+
+    def alert(self, title: str, text: str) -> None:
+        self.say(f"Warning: {title}. {text}")
 
     def close(self, status: str) -> None:
         if self._bar:

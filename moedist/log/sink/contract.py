@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -32,9 +32,12 @@ class RunInfo:
         directory: the run folder, which exists; a sink writes below it only.
         name: the run's name for people.
         run_id: stable id of the run, the same after a resume (kept in checkpoints): 8 letters and digits.
+        group_id: id of the run that this one began as, before its configuration was changed or it branched off; its own
+            ``run_id`` for most.
         resumed_step: the step that this process resumes from; 0 for a fresh start. Records up to the last step that a
             sink already holds and beyond ``resumed_step`` are replays.
         config: the run's configuration as plain mappings, unresolved, secrets redacted.
+        environment: code revision, versions and hardware, as plain mappings.
         num_steps: the last step of the run.
         device: a word on the hardware (``4 x cpu``).
         max_scalar_keys: bound on the series of sinks that keep one per key.
@@ -44,30 +47,36 @@ class RunInfo:
     directory: Path
     name: str
     run_id: str
+    group_id: str
     resumed_step: int
     config: Mapping[str, Any]
+    environment: Mapping[str, Any]
     num_steps: int
     device: str
     max_scalar_keys: int = 200
     terminal: TextIO = dataclasses.field(default_factory=lambda: sys.stdout)
 
 
-class Sink(Protocol):
-    """Takes records on global rank 0."""
+class Sink:
+    """Takes records on global rank 0; a subclass does more with what it has a use for. Nothing waits for a network."""
 
     def write(self, record: Mapping[str, Value]) -> None:
         """One log step: keys are metric names (moedist.log.metrics), ``train/step`` always among them. Each step comes
-        once per process, evaluation included. Never waits for a network.
+        once per process, evaluation included.
         """
-        ...
+        raise NotImplementedError
 
     def say(self, line: str) -> None:
         """One line of text for people (yardsticks, warnings, where things lie)."""
-        ...
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """A checkpoint is complete."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Something that somebody should be told of at once (`moedist.log.alerts`)."""
 
     def close(self, status: str) -> None:
         """Ends the record within ten seconds; ``status`` is ``done``, ``preempted`` or ``failed``."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

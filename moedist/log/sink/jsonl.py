@@ -49,7 +49,7 @@ class JsonlConfig(SinkConfig):
         return JsonlSink(run.directory, say, every, run.num_steps)
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """Appends records, each flushed; rows of steps that the file already holds are marked ``"replayed": true``.
 
     Such a step has its arrays in ``experts.bin`` twice too, and its reader takes the last.
@@ -101,9 +101,6 @@ class JsonlSink:
                 f"Warning: {path} misses rows from step {step_of(record)} on: {error}. Free some "
                 "space; the run goes on."
             )
-
-    def say(self, line: str) -> None:
-        """Text is for people; this file holds metrics only."""
 
     def close(self, status: str) -> None:
         self._file.close()

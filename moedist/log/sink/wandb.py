@@ -56,7 +56,8 @@ class WandbConfig(SinkConfig):
     """Weights & Biases. The key comes from WANDB_API_KEY or netrc only, never from a config.
 
     Attributes:
-        project, entity, group, tags: where the run stands there; entity None for the key's default.
+        project, entity, group, tags: where the run stands there; entity None for the key's default, group None for the
+            runs that began as one (`RunInfo.group_id`).
         mode: ``auto`` obeys WANDB_MODE, and without it is online where there is a key and the server (WANDB_BASE_URL)
             answers; ``online`` falls back to offline likewise, with a warning; ``offline`` writes files below
             ``<run>/wandb`` for ``wandb sync``; ``disabled`` does nothing.
@@ -72,7 +73,7 @@ class WandbConfig(SinkConfig):
         return WandbSink(self, run, say)
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Sends records in the background, `QUEUE_SIZE` of them at most waiting.
 
     ``train/step`` is the axis of everything; W&B's own step is never set, so that rows after a resume from an older
@@ -82,21 +83,30 @@ class WandbSink:
 
     def __init__(self, config: WandbConfig, run: RunInfo, say: Callable[[str], None]):
         self._config, self._run, self._say = config, run, say
-        self._queue: queue.Queue[Mapping[str, Value] | None] = queue.Queue(QUEUE_SIZE)
+        self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(QUEUE_SIZE)
         self._folder = run.directory / "wandb"
         self._exit_code = 0
         self._warned: set[str] = set()
+        self._series, self._tables = Series(run.max_scalar_keys), Tables()
+        self._held: set[int] = set()  # steps that earlier processes have sent
+        self._last_online = 0
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, record: Mapping[str, Value]) -> None:
+        self._later(lambda tracker: self._send_row(tracker, record))
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        self._later(lambda tracker: self._send_checkpoint(tracker, step, checkpoint))
+
+    def alert(self, title: str, text: str) -> None:
+        self._later(lambda tracker: tracker.alert(title=title, text=text, level="WARN"))
+
+    def _later(self, send: Callable[[Any], None]) -> None:
         try:
-            self._queue.put_nowait(record)
+            self._queue.put_nowait(send)
         except queue.Full:
             self._warn("is too slow; it misses rows that metrics.jsonl has")
-
-    def say(self, line: str) -> None:
-        """Text is for people at the terminal."""
 
     def close(self, status: str) -> None:
         self._exit_code = {"done": 0, "preempted": 75}.get(status, 1)
@@ -115,24 +125,17 @@ class WandbSink:
                 self._drain()
                 return
             # What was on its way to the server counts where the server says that it came.
-            held = stored_steps(run for run in earlier if tracker.offline or run.name.startswith("offline-"))
-            last_online = _last_step_online(tracker)
+            self._held = stored_steps(run for run in earlier if tracker.offline or run.name.startswith("offline-"))
+            self._last_online = _last_step_online(tracker)
+            self._tables = Tables(read_metrics(self._run.directory))
         except Exception as error:
             self._warn(f"is off: {_first_line(error)}")
             self._drain()
             return
-        series, tables = Series(self._run.max_scalar_keys), Tables(read_metrics(self._run.directory))
-        while (record := self._queue.get()) is not None:
-            row = series.row(record)
-            tables.add(step_of(record), row)
-            if step_of(record) in held or step_of(record) <= last_online:
-                continue
+        while (send := self._queue.get()) is not None:
             with self._may_miss("rows"):
-                bars = {key: expert_histogram(count_E) for key, count_E in row.histograms.items()}
-                tracker.log({**row.scalars, **bars})
-            if tables.waiting >= FLUSH_ROWS:
-                self._send_tables(tracker, tables)
-        self._send_tables(tracker, tables)
+                send(tracker)
+        self._send_tables(tracker)
         try:
             tracker.finish(exit_code=self._exit_code)
             _end_service()  # finish returns before the file is whole
@@ -179,20 +182,38 @@ class WandbSink:
             dir=self._run.directory,
             project=self._config.project,
             entity=self._config.entity,
-            group=self._config.group,
+            group=self._config.group or self._run.group_id,
             tags=self._config.tags,
             name=self._run.name,
             id=self._run.run_id,
             resume="allow",
             mode=mode,
-            config={**self._run.config, "hardware": self._run.device},
+            config={**self._run.config, "hardware": self._run.device, "environment": dict(self._run.environment)},
             settings=settings,
         )
 
-    def _send_tables(self, tracker: Any, tables: Tables) -> None:
+    def _send_row(self, tracker: Any, record: Mapping[str, Value]) -> None:
+        row = self._series.row(record)
+        self._tables.add(step_of(record), row)
+        if step_of(record) not in self._held and step_of(record) > self._last_online:
+            bars = {key: expert_histogram(count_E) for key, count_E in row.histograms.items()}
+            tracker.log({**row.scalars, **bars})
+        if self._tables.waiting >= FLUSH_ROWS:
+            self._send_tables(tracker)
+
+    def _send_tables(self, tracker: Any) -> None:
         with self._may_miss("tables"):
-            if found := tables.flush():
+            if found := self._tables.flush():
                 tracker.log(found)  # a row of its own, without a step
+
+    def _send_checkpoint(self, tracker: Any, step: int, checkpoint: Path) -> None:
+        """Where the checkpoint lies and what it is of; its files stay where they are."""
+        import wandb
+
+        about = {"step": step, "run_id": self._run.run_id}
+        artifact = wandb.Artifact(f"checkpoint-{self._run.run_id}", type="checkpoint", metadata=about)
+        artifact.add_reference(checkpoint.as_uri(), name=checkpoint.name, checksum=False)
+        tracker.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
     @contextlib.contextmanager
     def _may_miss(self, what: str) -> Iterator[None]:

@@ -112,6 +112,27 @@ def test_an_offline_file_holds_the_documented_keys_with_their_values(run_info):
     assert run["config"]["update"]["moe"] == {"num_experts": 8}
 
 
+def test_environment_checkpoints_and_alerts_are_in_the_file(run_info, tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"w" * 1000)
+    sink = WandbConfig().open(run_info, print)
+    sink.write(record(10))
+    sink.saved(10, checkpoint)
+    sink.alert("the run stalls", "No record.")
+    sink.close("done")
+    records = stored(run_info)
+    (run,) = [each["run"] for each in records if each["type"] == "run"]
+    assert run["run_group"] == "first123", "runs that began as one"
+    assert run["config"]["update"]["environment"] == {"code": "abc", "torch": "2"}
+    (artifact,) = [each["artifact"] for each in records if each["type"] == "artifact"]
+    assert artifact["name"] == "checkpoint-abcd1234" and set(artifact["aliases"]) == {"latest", "step-10"}
+    (content,) = artifact["manifest"]["contents"]
+    assert content["ref"] == checkpoint.as_uri(), "a reference: the files stay where they are"
+    (alert,) = [each["alert"] for each in records if each["type"] == "alert"]
+    assert (alert["title"], alert["text"]) == ("the run stalls", "No record.")
+
+
 def test_train_step_is_the_axis_of_everything(run_info):
     log_steps(run_info, record(10))
     metrics = [each["metric"] for each in stored(run_info) if each["type"] == "metric"]

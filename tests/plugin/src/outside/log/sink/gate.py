@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moedist.log.sink.contract import RunInfo, SinkConfig, Value, step_of
+from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
 
 GATE = "OUTSIDE_GATE"
 """Environment variable: the first step at whose record the run waits; unset for never."""
@@ -24,7 +24,7 @@ class GateConfig(SinkConfig):
         return Gate(run.directory, int(os.environ[GATE]) if GATE in os.environ else None, self.limit_s)
 
 
-class Gate:
+class Gate(Sink):
     def __init__(self, folder: Path, step: int | None, limit_s: float):
         self.folder, self.step, self.limit_s = folder, step, limit_s
 
@@ -35,9 +35,6 @@ class Gate:
         deadline = time.monotonic() + self.limit_s
         while not (self.folder / "gate_open").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-
-    def say(self, line: str) -> None:
-        pass
 
     def close(self, status: str) -> None:
         (self.folder / "gate_closed").write_text(status)
