@@ -141,6 +141,8 @@ def _check_layout(config: RunConfig, world_size: int) -> list[ConfigError]:
     layout = config.mesh.ep, config.ranks_per_node(world_size)
     errors += _check("moe", config.moe.check_spread, *layout)
     errors += _check("model", config.model.check_spread, *layout)
+    for name, sink in config.log.sinks.items():
+        errors += _check(f"log.sinks.{name}", sink.check)
     step, step_errors = _optimizer_step(config, world_size)
     errors += step_errors
     if step is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from moedist.log.sink.contract import Value
 
 Scalar = float | int | str | bool
 
+BLOCK = f"{LAYERS}/block"
+MAX_ROWS = 10_000
+"""Of a table: where W&B stops to draw one."""
 RUN_KEYS = 50
 """Room that is kept for numbers of the whole run, before any layer gets a key of its own."""
 HISTOGRAMS = ("load", "kept")
@@ -85,7 +89,58 @@ class Series:
         return chosen
 
 
-BLOCK = f"{LAYERS}/block"
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A quantity of all layers over steps: ``train/step`` and a column per layer; a row per step."""
+
+    columns: Sequence[str]
+    rows: list[list[float]]
+
+
+class Tables:
+    """Columns over layers that found no room as series, collected into a table per quantity.
+
+    Trackers draw the first `MAX_ROWS` rows of a table, so a longer one goes on as another,
+    ``moe/layers/max_vio.part2``.
+
+    Args:
+        rows: of earlier processes of the run, as ``metrics.jsonl`` has them.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        self._earlier = list(rows)
+        self._columns: dict[str, dict[int, Sequence[float]]] = {}
+        self._blocks: Sequence[int] = ()
+        self._changed_since = 0
+        self.waiting = 0
+
+    def add(self, step: int, row: Row) -> None:
+        """A step's columns; of a step that comes twice the last."""
+        if not row.tables:
+            return
+        if not self._columns:
+            for key in row.tables:
+                self._columns[key] = {each["train/step"]: each[key] for each in self._earlier if key in each}
+            self._earlier.clear()
+        self._blocks = row.blocks
+        for key, column in row.tables.items():
+            self._columns.setdefault(key, {})[step] = column
+        self.waiting += 1
+
+    def flush(self) -> dict[str, Table]:
+        """The tables that have changed since the last flush, whole."""
+        names = ["train/step", *(f"layer_{block:02d}" for block in self._blocks)]
+        found = {}
+        for key, column_of in self._columns.items():
+            rows = [[step, *map(float, column_of[step])] for step in sorted(column_of)]
+            for begin in range(0, len(rows), MAX_ROWS):
+                part = rows[begin : begin + MAX_ROWS]
+                if part[-1][0] > self._changed_since:
+                    name = key if begin == 0 else f"{key}.part{begin // MAX_ROWS + 1}"
+                    found[name] = Table(names, part)
+        self._changed_since = max((step for column_of in self._columns.values() for step in column_of), default=0)
+        self.waiting = 0
+        return found
 
 
 def blocks_of(record: Mapping[str, Value]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from moedist.config import Choice
+from moedist.config import Choice, require
 
 Value = float | int | str | bool | list[Any] | np.ndarray | None
 """A metric: a number, a list with a number for each MoE layer, or an [L, E] array over layers and experts by global id
@@ -57,6 +58,17 @@ class RunInfo:
     terminal: TextIO = dataclasses.field(default_factory=lambda: sys.stdout)
 
 
+def need_package(name: str, extra: str) -> None:
+    """Raises `ConfigError` unless an optional package is installed."""
+    require(
+        importlib.util.find_spec(name) is not None,
+        "kind",
+        extra,
+        f"needs the package {name}, which is not installed",
+        f"Run: pip install 'moedist[{extra}]'",
+    )
+
+
 class Sink:
     """Takes records on global rank 0; a subclass does more with what it has a use for. Nothing waits for a network."""
 
@@ -82,6 +94,9 @@ class Sink:
 @dataclasses.dataclass(frozen=True)
 class SinkConfig(Choice, path="log.sink"):
     """One place where numbers go."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` where this sink cannot work on this machine; called before a rank starts."""
 
     def open(self, run: RunInfo, say: Callable[[str], None]) -> Sink:
         """Opens the sink for a run; called on global rank 0 only.

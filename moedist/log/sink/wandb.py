@@ -27,14 +27,13 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from moedist.log.run_files import read_metrics
-from moedist.log.series import Row, Series
+from moedist.log.series import Series, Tables
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
 
 PROBE_S = 3.0
 INIT_S = 15
 CLOSE_S = 10.0
 MAX_BINS = 512  # of a W&B histogram
-MAX_ROWS = 10_000  # of a W&B table that it draws
 FLUSH_ROWS = 1000  # log steps between two uploads of tables
 QUEUE_SIZE = 1000
 
@@ -203,7 +202,13 @@ class WandbSink(Sink):
 
     def _send_tables(self, tracker: Any) -> None:
         with self._may_miss("tables"):
-            if found := self._tables.flush():
+            import wandb
+
+            found = {
+                key: wandb.Table(columns=list(part.columns), data=part.rows)
+                for key, part in self._tables.flush().items()
+            }
+            if found:
                 tracker.log(found)  # a row of its own, without a step
 
     def _send_checkpoint(self, tracker: Any, step: int, checkpoint: Path) -> None:
@@ -236,54 +241,6 @@ class WandbSink(Sink):
         if kind not in self._warned:
             self._warned.add(kind)
             self._say(f"Warning: W&B {what}")
-
-
-class Tables:
-    """Columns over layers that found no room as series, as one W&B table per quantity: a row per step, a column per
-    layer.
-
-    W&B draws the first `MAX_ROWS` rows of a table, so a longer one goes on as another, ``moe/layers/max_vio.part2``.
-    A table is sent whole, again at every flush.
-
-    Args:
-        rows: of earlier processes of the run, as ``metrics.jsonl`` has them.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
-        self._earlier = list(rows)
-        self._columns: dict[str, dict[int, Sequence[float]]] = {}
-        self._blocks: Sequence[int] = ()
-        self._changed_since = 0
-        self.waiting = 0
-
-    def add(self, step: int, row: Row) -> None:
-        """A step's columns; of a step that comes twice the last."""
-        if not row.tables:
-            return
-        if not self._columns:
-            for key in row.tables:
-                self._columns[key] = {each["train/step"]: each[key] for each in self._earlier if key in each}
-        self._blocks = row.blocks
-        for key, column in row.tables.items():
-            self._columns.setdefault(key, {})[step] = column
-        self.waiting += 1
-
-    def flush(self) -> dict[str, Any]:
-        """The tables that have changed since the last flush, as W&B takes them."""
-        import wandb
-
-        names: list[str | int] = ["train/step", *(f"layer_{block:02d}" for block in self._blocks)]
-        found = {}
-        for key, column_of in self._columns.items():
-            rows = [[step, *map(float, column_of[step])] for step in sorted(column_of)]
-            for begin in range(0, len(rows), MAX_ROWS):
-                part = rows[begin : begin + MAX_ROWS]
-                if part[-1][0] > self._changed_since:
-                    name = key if begin == 0 else f"{key}.part{begin // MAX_ROWS + 1}"
-                    found[name] = wandb.Table(columns=names, data=part)
-        self._changed_since = max((step for column_of in self._columns.values() for step in column_of), default=0)
-        self.waiting = 0
-        return found
 
 
 def expert_histogram(count_E: np.ndarray | Sequence[int]) -> Any:

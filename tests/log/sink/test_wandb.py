@@ -13,13 +13,13 @@ import threading
 
 import numpy as np
 import pytest
-import torch
 
-from moedist.log.metrics import MoEStep, moe_metrics, train_metrics
-from moedist.log.series import Series
+from moedist.log import series as series_module
+from moedist.log.series import Series, Tables
 from moedist.log.sink import wandb as sink_module
 from moedist.log.sink.jsonl import JsonlConfig
-from moedist.log.sink.wandb import Tables, WandbConfig, decide_mode, expert_histogram, has_key, probe, stored_steps
+from moedist.log.sink.wandb import WandbConfig, decide_mode, expert_histogram, has_key, probe, stored_steps
+from tests.log.sink.records import record
 from tests.rows import flat
 
 NAMES = ("drop_rate", "max_vio", "load_entropy", "router_entropy", "dead_experts", "balance_loss", "z_loss", "load_cv")
@@ -42,29 +42,6 @@ def stranger(monkeypatch, tmp_path_factory):
     yield
     if library := sys.modules.get("wandb"):
         library.teardown()
-
-
-def record(step: int, loss: float = 2.5) -> dict:
-    moe = MoEStep(
-        blocks=[1],
-        loss_names=["switch", "z_loss"],
-        loss_LJ=torch.tensor([[1.25, 0.5]]),
-        scaled_LJ=torch.tensor([[0.0125, 0.0005]]),
-        router_L={"router_entropy": torch.tensor([0.75]), "top_probability": torch.tensor([0.5])},
-        micro_vio_L=torch.tensor([1.75]),
-        room_L=torch.tensor([8]),
-        count_LME=torch.tensor([[[5, 2, 1, 0], [3, 2, 1, 0], [2, 0, 0, 0], [0] * 4, [0] * 4]]),
-        last_seen_LE=torch.full((1, 4), step),
-    )
-    return train_metrics(
-        step=step,
-        loss=loss,
-        tokens=100 * step,
-        tokens_per_s=1e4,
-        learning_rates={"router": 1e-4, "experts": 2e-3},
-        grad_norm=1.5,
-        memory_gib=0.25,
-    ) | moe_metrics(moe, step, dead_window=100)
 
 
 def log_steps(run_info, *records, config: WandbConfig | None = None, status: str = "done") -> list[str]:
@@ -127,8 +104,8 @@ def test_environment_checkpoints_and_alerts_are_in_the_file(run_info, tmp_path):
     assert run["config"]["update"]["environment"] == {"code": "abc", "torch": "2"}
     (artifact,) = [each["artifact"] for each in records if each["type"] == "artifact"]
     assert artifact["name"] == "checkpoint-abcd1234" and set(artifact["aliases"]) == {"latest", "step-10"}
-    (content,) = artifact["manifest"]["contents"]
-    assert content["ref"] == checkpoint.as_uri(), "a reference: the files stay where they are"
+    references = [content["ref"] for content in artifact["manifest"]["contents"]]
+    assert references == [f"{checkpoint.as_uri()}/weights"], "the files stay where they are"
     (alert,) = [each["alert"] for each in records if each["type"] == "alert"]
     assert (alert["title"], alert["text"]) == ("the run stalls", "No record.")
 
@@ -392,9 +369,11 @@ def test_a_stuck_tracker_costs_rows_and_never_the_run(run_info, monkeypatch):
 
 
 @pytest.mark.pitfall("33")
-def test_more_numbers_than_a_table_may_have_rows_are_all_sent(run_info):
-    """40 layers x 256 experts x more steps than W&B draws rows."""
-    blocks, num_steps = list(range(40)), sink_module.MAX_ROWS + 5
+def test_more_numbers_than_a_table_may_have_rows_are_all_sent(monkeypatch):
+    """40 layers x 256 experts, and more steps than a table may have rows."""
+    assert series_module.MAX_ROWS == 10_000 < 40 * 256
+    monkeypatch.setattr(series_module, "MAX_ROWS", 50)
+    blocks, num_steps = list(range(40)), 55
     series, tables = Series(200), Tables()
     for step in range(1, num_steps + 1):
         columns = {f"moe/layers/{name}": [step + block / 64 for block in blocks] for name in NAMES}
@@ -402,13 +381,13 @@ def test_more_numbers_than_a_table_may_have_rows_are_all_sent(run_info):
         tables.add(step, row)
     assert len(row.tables) == len(NAMES) - 3 and len(row.scalars) <= 200
     found = tables.flush()
-    assert {len(table.data) for table in found.values()} == {sink_module.MAX_ROWS, 5}
+    assert {len(table.rows) for table in found.values()} == {series_module.MAX_ROWS, 5}
     for key in row.tables:
-        rows = found[key].data + found[f"{key}.part2"].data
+        rows = found[key].rows + found[f"{key}.part2"].rows
         assert rows == [[step, *(step + block / 64 for block in blocks)] for step in range(1, num_steps + 1)]
     assert tables.flush() == {}, "nothing new"
     tables.add(num_steps + 1, row)
-    assert {len(table.data) for table in tables.flush().values()} == {6}, "full parts are not sent again"
+    assert {len(table.rows) for table in tables.flush().values()} == {6}, "full parts are not sent again"
     loads = series.row({"train/step": 1, "moe/layers/block": blocks, "moe/experts/load": np.ones((40, 256), int)})
     assert sum(len(expert_histogram(bars).histogram) for bars in loads.histograms.values()) == 40 * 256
 

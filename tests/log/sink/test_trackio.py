@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+
+from moedist.config import ConfigError
+from moedist.log.sink.trackio import TrackioConfig
+from tests.log.sink.records import record
+from tests.rows import flat
+
+
+@pytest.fixture(autouse=True)
+def own_database(monkeypatch, tmp_path):
+    """Trackio takes the folder of its database when it is imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def log_steps(run_info, *steps: int) -> list[str]:
+    said: list[str] = []
+    sink = TrackioConfig(dir=str(run_info.directory / "trackio")).open(run_info, said.append)
+    for step in steps:
+        sink.write(record(step))
+    sink.alert("the run stalls", "No record.")
+    sink.close("done")
+    return said
+
+
+def read(run_info) -> list[dict]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    return SQLiteStorage.get_logs("moedist", f"{run_info.name}-{run_info.run_id}")
+
+
+@pytest.mark.pitfall("34")
+def test_the_database_holds_every_number_and_no_step_twice(run_info, capsys):
+    (line,) = log_steps(run_info, 10, 20)
+    assert "trackio show --project moedist" in line and capsys.readouterr().out == ""
+    log_steps(dataclasses.replace(run_info, resumed_step=10), 20, 30)
+    rows = read(run_info)
+    assert [row["train/step"] for row in rows] == [row["step"] for row in rows] == [10, 20, 30]
+    for key, value in flat(record(30)).items():
+        if isinstance(value, list) and key != "moe/layers/block":
+            assert rows[-1][key]["values"] == value and rows[-1][key]["bins"] == [0, 1, 2, 3, 4]
+        elif key != "moe/layers/block":
+            assert rows[-1][key] == pytest.approx(value), key
+
+
+def test_columns_without_room_are_tables(run_info):
+    few = dataclasses.replace(run_info, max_scalar_keys=0)
+    log_steps(few, 10, 20)
+    last = read(few)[-1]
+    assert last["moe/layers/max_vio"]["_type"] == "trackio.table" and "train/step" not in last
+
+
+def test_a_missing_package_is_refused_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the package trackio.+pip install 'moedist\[trackio\]'"):
+        TrackioConfig().check()
