@@ -292,6 +292,13 @@ def decide_mode(wish: str) -> tuple[Literal["online", "offline", "disabled"], st
     return ("offline", trouble) if trouble else ("online", "")
 
 
+def default_entity() -> str:
+    """Whose the user's key is; asks the server."""
+    import wandb
+
+    return str(wandb.Api(timeout=INIT_S).default_entity)
+
+
 def has_key(base_url: str) -> bool:
     """Whether wandb will find credentials without asking: environment or netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
