@@ -1,0 +1,1 @@
+"""What parts of a run cost, measured where it runs."""
