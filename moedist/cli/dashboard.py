@@ -22,13 +22,18 @@ exit codes: 0 made, 2 no run with metrics there, 4 no package, key or server
 """
 
 
+DESCRIPTION = """\
+Makes a W&B workspace with panels for balance, load, drops, router, throughput and sweeps, of the keys that a run has.
+Other runs of the project show in it too.
+"""
+
+
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.ArgumentParser:
     """Adds the command to ``moedist``'s parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "dashboard",
         help="make a W&B dashboard from code",
-        description="Makes a W&B workspace with panels for balance, load, drops, router, throughput and sweeps, of the "
-        "keys that a run has. Other runs of the project show in it too.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,19 +6,19 @@ leaves at most one that is cut off, which readers pass over. A frame is, in this
 
     8 bytes  ``MOEXPERT``
     int64    step
-    uint32   number of bytes of the archive
-    uint32   CRC-32 of the archive
-    archive  a numpy ``.npz``: ``block`` (int64 [L]: which blocks of the model have experts) and [L, E] arrays by name
+    uint32   number of bytes of the rest
+    uint32   CRC-32 of the rest
+    rest     a line of JSON, ``{name: [numpy type, shape]}``, and behind it these arrays' bytes in this order, in one
+             zlib stream: ``block`` (whole numbers [L]: which blocks of the model have experts), then [L, E] arrays
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import math
 import os
 import struct
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,9 +92,7 @@ class ExpertsFile:
         frame = self._frames[step]
         with self._path.open("rb") as file:
             file.seek(frame.begin)
-            archive = file.read(frame.size)
-        with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return unpack_arrays(file.read(frame.size))
 
 
 def whole_frames(content: bytes) -> Iterator[Frame]:
@@ -133,13 +131,22 @@ def append_frame(path: Path, step: int, blocks: Sequence[int], arrays: Mapping[s
 
 def pack_frame(step: int, arrays: Mapping[str, np.ndarray]) -> bytes:
     """A frame of the file. Whole numbers are kept in the narrowest type that holds them."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as entries:
-        for name, array in arrays.items():
-            with entries.open(f"{name}.npy", "w") as entry:
-                np.lib.format.write_array(entry, _narrow(array), allow_pickle=False)
-    content = archive.getvalue()
+    narrow = {name: _narrow(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    shapes = {name: [array.dtype.str, array.shape] for name, array in narrow.items()}
+    raw = zlib.compress(b"".join(array.tobytes() for array in narrow.values()), level=1)
+    content = json.dumps(shapes).encode() + b"\n" + raw
     return HEAD.pack(MAGIC, step, len(content), zlib.crc32(content)) + content
+
+
+def unpack_arrays(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a frame."""
+    line, _, rest = content.partition(b"\n")
+    raw, place, found = zlib.decompress(rest), 0, {}
+    for name, (dtype, shape) in json.loads(line).items():
+        count = math.prod(shape)
+        found[name] = np.frombuffer(raw, dtype, count, place).reshape(shape)
+        place += found[name].nbytes
+    return found
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

@@ -13,39 +13,51 @@ from moedist.moe.layer import MoELayer
 from moedist.parallel.gradients import GradientTable
 
 
-def expert_squares(
-    layers: Sequence[MoELayer], model: nn.Module, gradients: GradientTable, of: Callable[[nn.Parameter], Tensor | None]
-) -> Tensor | None:
-    """fp64 [L, E]: this rank's share of each expert's squared 2-norm: the sum over all ranks is the square.
+class ExpertNorms:
+    """Norms of every expert's stacked weights, or of their gradients.
 
     Args:
         layers: the MoE layers of ``model``, of equally many experts.
         model: spread.
         gradients: how its parameters lie.
-        of: what to take of a parameter: itself, or its gradient.
-
-    Returns:
-        None where experts are no stacked weights, or one of the tensors is not there.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    shares = []
-    for layer in layers:
-        share_E = torch.zeros(layer.config.num_experts, dtype=torch.float64, device=gradients.device)
-        stacked = [each for each in _stacked(layer) if each in names]
-        if not stacked:
-            return None
-        for parameter in stacked:
+
+    def __init__(self, layers: Sequence[MoELayer], model: nn.Module, gradients: GradientTable):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._shape = (len(layers), max((layer.config.num_experts for layer in layers), default=0))
+        self._parameters: list[nn.Parameter] = []
+        places, copies = [], []
+        for place, layer in enumerate(layers):
+            for parameter in _stacked(layer):
+                ids = _expert_ids(layer, parameter)
+                self._parameters.append(parameter)
+                places.append(place * self._shape[1] + ids)
+                copies.append(torch.full_like(ids, gradients.spread_of[names[parameter]].copies.size))
+        device = gradients.device
+        self._place_X = torch.cat(places).to(device) if places else torch.zeros(0, dtype=torch.int64, device=device)
+        self._copies_X = torch.cat(copies).to(device) if copies else self._place_X
+
+    def squares(self, of: Callable[[nn.Parameter], Tensor | None]) -> Tensor | None:
+        """fp64 [L, E]: this rank's share of each expert's squared 2-norm: the sum over all ranks is the square.
+
+        Args:
+            of: what to take of a parameter: itself, or its gradient.
+
+        Returns:
+            None where experts are no stacked weights, or one of the tensors is not there.
+        """
+        norms = []
+        for parameter in self._parameters:
             tensor = of(parameter)
             if tensor is None:
                 return None
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            square_e = torch.linalg.vector_norm(local.detach().flatten(1), dim=1, dtype=torch.float64).square()
-            copies = gradients.spread_of[names[parameter]].copies.size
-            share_E.index_add_(
-                0, _expert_ids(layer, parameter).to(share_E.device), square_e.to(share_E.device) / copies
-            )
-        shares.append(share_E)
-    return torch.stack(shares)
+            norms.append(torch.linalg.vector_norm(local.detach().flatten(1), dim=1))
+        if not norms:
+            return None
+        square_X = torch.cat(norms).to(self._place_X.device).double().square() / self._copies_X
+        flat = torch.zeros(self._shape[0] * self._shape[1], dtype=torch.float64, device=square_X.device)
+        return flat.index_add_(0, self._place_X, square_X).view(self._shape)
 
 
 def _stacked(layer: MoELayer) -> Iterator[nn.Parameter]:
@@ -58,7 +70,7 @@ def _stacked(layer: MoELayer) -> Iterator[nn.Parameter]:
 
 
 def _expert_ids(layer: MoELayer, parameter: nn.Parameter) -> Tensor:
-    """Global ids of the experts that a parameter's rows on this rank belong to."""
+    """int64: global ids of the experts that a parameter's rows on this rank belong to."""
     ids = layer.bank.experts.expert_ids
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if local.shape[0] == len(ids):

@@ -15,7 +15,7 @@ from moedist.log.sink.contract import Value
 from moedist.mesh import Mesh
 from moedist.mesh.meter import ExchangeMeter, measuring
 from moedist.moe.layer import MoELayer, routing_label
-from moedist.parallel.expert_norms import expert_squares
+from moedist.parallel.expert_norms import ExpertNorms
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel
 from moedist.train.clock import PARTS, StepClock
 from moedist.train.config import RunConfig
@@ -46,6 +46,7 @@ class Measures:
         last_seen_LE = torch.zeros(num_layers, config.moe.num_experts, dtype=torch.int64, device=mesh.device)
         self.tally = Tally(spread.model.moe_blocks, last_seen_LE)
         self.clock = StepClock(mesh.device)
+        self._norms = ExpertNorms(self.moe_layers, spread.model, spread.gradients)
         self.peak_flops: float | None = None
         self._seconds, self._tokens = 0.0, 0  # of the steps since the last record
         self._recorded = False
@@ -83,8 +84,7 @@ class Measures:
         if not self._recorded or not self.moe_layers:
             return
         for name, of in NORMS.items():
-            square_LE = expert_squares(self.moe_layers, self.spread.model, self.spread.gradients, of)
-            if square_LE is not None:
+            if (square_LE := self._norms.squares(of)) is not None:
                 self._square_LE[name] = square_LE
 
     def record(self, step: int, tokens: int, learning_rates: Mapping[str, float], grad_norm: float) -> dict[str, Value]:
