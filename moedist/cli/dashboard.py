@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 
 EXAMPLES = """\
 examples:
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
 class DashboardError(ConfigError):
     """What the dashboard needs of the environment is not there."""
 
-    exit_code = 4
+    exit_code = ExitCode.ENVIRONMENT
 
 
 def check_online() -> None:
