@@ -7,14 +7,16 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
 
 from moedist.config import ConfigError, ConfigErrors, require, to_mapping
+from moedist.config.exit_codes import ExitCode
 from moedist.launch.compose import Composed, compose
 from moedist.launch.node_groups import follow_nodes
 from moedist.launch.saved import CONFIG
-from moedist.launch.start import POLL_S, StopSignals, launcher_log, plan_ranks, rank_log
+from moedist.launch.start import POLL_S, StopSignals, plan_ranks, rank_log
 from moedist.launch.sweep.job import Job, Place, RunningJob
 from moedist.launch.sweep.objective import Measured, is_above, median_of_others
 from moedist.launch.sweep.record import FINISHED, JobRecord, SweepRecord, hash_config, now
@@ -92,7 +94,7 @@ class Batches:
             return record, None
         if composed is not None:
             try:
-                return record, self._prepare(composed, record)
+                return record, self._prepare(composed, record, overrides)
             except ConfigError as refused:
                 error = refused
         assert error is not None
@@ -105,7 +107,7 @@ class Batches:
         except ConfigError as error:
             return None, error
 
-    def _prepare(self, composed: Composed, record: JobRecord) -> Job:
+    def _prepare(self, composed: Composed, record: JobRecord, overrides: Sequence[str]) -> Job:
         """Gives a configuration its folder and checks it, as `moedist train` does.
 
         Raises:
@@ -122,7 +124,8 @@ class Batches:
             check_measures(self.settings, composed.config)
         validate(composed.config, composed.mapping, ranks.world_size)
         record.state = "WAITING"
-        return Job(record, composed, ranks, Measured(folder / "metrics.jsonl", self.settings.terms))
+        measured = Measured(folder / "metrics.jsonl", self.settings.terms)
+        return Job(record, composed, [*self.fixed, *overrides], ranks, measured)
 
     def _run_all(self, jobs: Sequence[Job]) -> None:
         """Returns when all have ended, or have been stopped by a signal; none runs on."""
@@ -174,7 +177,7 @@ class Batches:
                 started.stop()
             return False
         started.close()
-        self._conclude(job, status)
+        self._conclude(job, status, started.log)
         return True
 
     def _why_prune(self, job: Job) -> str:
@@ -189,19 +192,19 @@ class Batches:
         step = max(job.measured.by_step)
         return f"Hopeless at step {step}: {min(job.measured.by_step.values()):.5g}, and the median is {median:.5g}."
 
-    def _conclude(self, job: Job, status: Status) -> None:
-        """Notes how a job ended."""
+    def _conclude(self, job: Job, status: Status, launchers: Path) -> None:
+        """Notes how a job ended; ``launchers`` is the log to look at when no rank is to blame."""
         record, measured = job.record, job.measured
         record.metrics, record.by_step, record.values = measured.latest, measured.by_step, measured.values
         record.ended, record.exit_code, record.message = now(), status.exit_code, status.message
         if status.reason == "done":
             record.state = "COMPLETED"
         elif status.reason == "preempted" and job.pruned:
-            record.state, record.exit_code, record.message = "PRUNED", 0, job.pruned
+            record.state, record.exit_code, record.message = "PRUNED", int(ExitCode.DONE), job.pruned
         elif status.reason == "preempted":
             record.state = "STOPPED"
         else:
-            log = launcher_log(job.run_dir, 1) if status.rank is None else rank_log(job.run_dir, status.rank)
+            log = launchers if status.rank is None else rank_log(job.run_dir, status.rank)
             self._fail(record, status.message, status.exit_code, str(log))
             return
         self.record.write()
@@ -246,6 +249,6 @@ def check_measures(settings: SweepConfig, config: RunConfig) -> None:
 
 def _exit_code(error: ConfigError | OSError) -> int:
     if isinstance(error, OSError):
-        return 4
+        return int(ExitCode.ENVIRONMENT)
     errors = error.errors if isinstance(error, ConfigErrors) else (error,)
-    return max(getattr(single, "exit_code", 2) for single in errors)
+    return int(max(single.exit_code for single in errors))

@@ -21,6 +21,7 @@ class Job:
     Attributes:
         record: what the sweep's folder says of it.
         composed: its configuration, checked; ``run.dir`` is its folder.
+        overrides: all that made it, without ``run.dir``.
         ranks: of it.
         measured: its objectives so far.
         pruned: why it was told to stop; empty for a job that goes on.
@@ -28,6 +29,7 @@ class Job:
 
     record: JobRecord
     composed: Composed
+    overrides: Sequence[str]
     ranks: Ranks
     measured: Measured
     pruned: str = ""
@@ -41,7 +43,13 @@ class Job:
 
 
 class RunningJob(Protocol):
-    """A job that has been started."""
+    """A job that has been started.
+
+    Attributes:
+        log: where to look when no rank is to blame.
+    """
+
+    log: Path
 
     def poll(self) -> Status | None:
         """How it ended; None while it runs."""

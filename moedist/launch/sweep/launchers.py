@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from moedist.launch.compose import default_mapping, register
 from moedist.launch.sweep.settings import SweepConfig
+from moedist.launch.sweep.slurm import SlurmConfig
 from moedist.launch.sweep.torchrun import TorchrunConfig
 
 PLUGIN = "hydra_plugins.moedist_launchers.SweepLauncher"
 
-LAUNCHERS: dict[str, type[SweepConfig]] = {"torchrun": TorchrunConfig}
+LAUNCHERS: dict[str, type[SweepConfig]] = {"torchrun": TorchrunConfig, "slurm": SlurmConfig}
 
 
 def register_launchers() -> None:

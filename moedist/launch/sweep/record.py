@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
+from moedist.launch.folder import refused
 from moedist.log.sink.jsonl import json_safe
 
 SWEEP = "sweep.json"
@@ -108,11 +110,17 @@ class SweepRecord:
             ) from error
 
     def write(self) -> None:
-        """Replaces the file, whole or not at all."""
+        """Replaces the file, whole or not at all.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
         draft = self.folder / f".{SWEEP}.{os.getpid()}"
         try:
             draft.write_text(json.dumps(self.as_mapping(), indent=2) + "\n", encoding="utf-8")
             draft.replace(self.path)
+        except OSError as error:
+            raise refused(self.folder, error) from error
         finally:
             draft.unlink(missing_ok=True)
 
@@ -149,9 +157,9 @@ class SweepRecord:
         else the highest of the failed jobs.
         """
         asked = [job for job in self.jobs if job.number in self.asked]
-        failed = [job.exit_code or 1 for job in asked if job.state == "FAILED"]
+        failed = [job.exit_code or ExitCode.RANK_FAILED for job in asked if job.state == "FAILED"]
         left = any(job.state in ("WAITING", "RUNNING", "STOPPED") for job in asked)
-        return 75 if left else max(failed, default=0)
+        return int(ExitCode.PREEMPTED if left else max(failed, default=ExitCode.DONE))
 
     @property
     def best(self) -> JobRecord | None:

@@ -7,7 +7,7 @@ import dataclasses
 from moedist.config import require
 from moedist.launch.folder import claim_folder
 from moedist.launch.saved import CONFIG
-from moedist.launch.start import Launch
+from moedist.launch.start import Launch, launcher_log
 from moedist.launch.sweep.job import Job
 from moedist.launch.sweep.machine import Machine, Share, this_machine
 from moedist.launch.sweep.settings import SweepConfig
@@ -75,11 +75,16 @@ class ThisMachine:
 
 
 class LocalJob:
-    """A job with ranks on this machine; rank 0 speaks to ``<run>/logs/console.log``."""
+    """A job with ranks on this machine; rank 0 speaks to ``<run>/logs/console.log``.
+
+    Attributes:
+        log: the launcher's.
+    """
 
     def __init__(self, job: Job, machine: Machine, share: Share):
         config = job.composed.config
         self._machine, self._share = machine, share
+        self.log = launcher_log(job.run_dir, nnodes=1)
         threads = config.launch.threads or max(1, len(share.cores) // job.ranks.nproc)
         self._claim = claim_folder(config.run, job.composed.mapping)
         try:

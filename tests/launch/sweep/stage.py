@@ -25,7 +25,7 @@ class Played:
     def __init__(self, job: Job, rows: Sequence[dict], end: Status, room: list[Played]):
         self.job, self.rows, self.end, self.room = job, list(rows), end, room
         self.claim = claim_folder(job.composed.config.run, job.composed.mapping)
-        self.asked = False
+        self.asked, self.log = False, job.run_dir / "logs" / "launcher.log"
         room.append(self)
 
     def poll(self) -> Status | None:
