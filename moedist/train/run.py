@@ -204,8 +204,10 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
         f"model  {size.total / 1e6:.2f} M parameters, {size.active / 1e6:.2f} M active; "
         f"{spread.flops_per_token / 1e6:.1f} MFLOP per token"
     )
+    num_nodes = None if mesh.ep.nodes is None else mesh.ep.nodes.across.size
+    over_nodes = f" over {num_nodes} nodes" if num_nodes is not None and num_nodes > 1 else ""
     log.say(
-        f"ranks  {mesh.dp.size} x {mesh.device.type}: expert parallel {mesh.ep.size}, expert data parallel "
+        f"ranks  {mesh.dp.size} x {mesh.device.type}: expert parallel {mesh.ep.size}{over_nodes}, expert data parallel "
         f"{mesh.edp.size}; {tokens} tokens per step"
     )
     log.say(f"data   {source.describe()}")
@@ -223,7 +225,7 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     note = moe.dispatch.note(moe.num_experts, per_token, moe.capacity.dropless, mesh.ep)
     if note is not None:
         log.say(f"note   {note}")
-    for line in group_notes(spread.model, None if mesh.ep.nodes is None else mesh.ep.nodes.across.size):
+    for line in group_notes(spread.model, num_nodes):
         log.say(f"note   {line}")
     if (label := routing_label(spread.model)) is not None:
         log.say(f"note   {label} routing: the numbers of this run are not a trained model's")

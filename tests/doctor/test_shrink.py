@@ -66,6 +66,9 @@ def test_blocks_in_turn_keep_two_with_experts():
         (Layout(6, 6, None), 4, Layout(3, 3, None)),
         (Layout(4, 1, None), 4, Layout(2, 1, None)),
         (Layout(1, 1, None), 2, Layout(1, 1, None)),
+        (Layout(64, 16, None, 8), 4, Layout(4, 4, None, 2)),
+        (Layout(6, 6, None, 2), 4, Layout(3, 3, None, 1)),
+        (Layout(64, 8, None, 8), 4, Layout(4, 4, None)),
     ],
 )
 def test_ranks(wanted: Layout, limit: int, expected: Layout):

@@ -53,6 +53,10 @@ def test_more_groups_may_be_wanted_than_there_are_nodes():
     assert follow_nodes(wanted, 2).config.moe.router.groups.num_groups == 2
 
 
+def test_nodes_that_are_not_what_was_started():
+    assert follow_nodes(composed("mesh.ep=4", "mesh.ranks_per_node=2"), 4).config.moe.router.groups.num_groups == 2
+
+
 def test_layers_of_their_own_are_found():
     block = "{ffn: {kind: moe, moe: {num_experts: 4, router: {kind: topk, groups: {per_node: true}}}}}"
     found = follow_nodes(composed("mesh.ep=4", "model/layers=listed", f"model.layers.blocks=[{{}}, {block}]"), 2)

@@ -94,6 +94,12 @@ def test_a_plan_of_many_ranks_says_that_the_corpus_is_short():
     assert "takes 2048 samples per step" in validate_dry_run(composed.config, composed.mapping, 1024).describe()
 
 
+def test_groups_of_experts_that_do_not_lie_on_whole_nodes():
+    errors = errors_of("mesh.ep=4", "mesh.ranks_per_node=3", "moe/dispatch=hierarchical")
+    assert set(errors) == {"mesh.ranks_per_node", "moe.dispatch.once_per"}
+    assert "groups of 4 ranks begin or end inside a node of 3" in errors["moe.dispatch.once_per"]
+
+
 def test_weights_that_cannot_be_cut_or_offloaded():
     errors = errors_of("mesh.ep=2", "mesh.fsdp=8", "engine.offload=true")
     assert (
