@@ -23,9 +23,8 @@ from moedist.config.exit_codes import ExitCode
 from moedist.launch.saved import CONFIG, read_mapping, write_config
 from moedist.train.config import RunFolder
 from moedist.train.identity import FREE_KEYS, covered, flatten
+from moedist.train.lock import LOCK, describe_holder
 from moedist.train.status import clear_status
-
-LOCK = "run.lock"
 
 
 class FolderError(ConfigError):
@@ -190,15 +189,6 @@ def compare_configs(
     return tuple(lines)
 
 
-def holder_of(folder: Path) -> str:
-    """Who holds a run folder, in words, from its lock file."""
-    try:
-        fields = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-        return f"process {fields['pid']} on {fields['host']}, since {fields['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
 def _check_contents(path: Path, config: RunFolder) -> None:
     """Raises `ConfigError` where the folder is not this run's to use."""
     if not path.exists():
@@ -247,7 +237,7 @@ def lock_folder(path: Path, *, fresh: bool) -> RunClaim:
         raise ConfigError(
             "run.dir",
             str(path),
-            f"is in use by {holder_of(path)}",
+            f"is in use by {describe_holder(path)}",
             "Wait until that run has ended, or name another run.dir.",
         ) from None
     except OSError:

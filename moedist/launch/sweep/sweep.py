@@ -14,13 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from moedist.config import ConfigError, ConfigErrors, require, to_mapping
 from moedist.launch.compose import ROOT, hydra_error, open_conf, parse_overrides
 from moedist.launch.decode import decode
-from moedist.launch.folder import LOCK, RunClaim, choose_folder, lock_folder, refused
+from moedist.launch.folder import RunClaim, choose_folder, lock_folder, refused
 from moedist.launch.start import StopSignals
 from moedist.launch.sweep.batch import Batches, SweepStopped
 from moedist.launch.sweep.launchers import LAUNCHERS, register_launchers
 from moedist.launch.sweep.record import SWEEP, SweepRecord
 from moedist.launch.sweep.settings import SweepConfig
 from moedist.train.config import RunFolder
+from moedist.train.lock import LOCK
 
 LAUNCHER = "hydra/launcher"
 
