@@ -17,7 +17,7 @@ if [[ -z $run_dir ]]; then
     set -- "run.dir=$run_dir" "$@"
 fi
 
-prepare_venv
+prepare_venv report
 
 # A signal to this script is for the training, which saves and leaves; the script then ends with its exit code.
 trap 'signalled=yes; kill -TERM "$training" 2>/dev/null || true' INT TERM
@@ -34,8 +34,10 @@ done
 
 moedist="$VENV/bin/moedist"
 [[ $moedist != "$PWD"/* ]] || moedist="${moedist#"$PWD"/}"
+"$VENV/bin/moedist" report "$run_dir" >/dev/null
 cat <<END
 
+report         $run_dir/report.html
 metrics        $run_dir/metrics.jsonl
 checkpoints    $run_dir/checkpoints
 configuration  $run_dir/config.yaml
@@ -44,6 +46,8 @@ logs           $run_dir/logs
 What to try next:
   # the held-out loss of what was trained, without a capacity limit
   $moedist eval $run_dir
+  # the page of a run while it trains
+  $moedist report --watch $run_dir
   # your own text
   $moedist train data=text 'data.files=*.md'
   # every key of the configuration

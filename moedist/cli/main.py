@@ -29,6 +29,8 @@ examples:
   moedist train --cfg job                         # every key of the configuration, with its value
   moedist train --dry-run                         # what would run, without running it
   moedist eval runs/first                         # held-out loss of its newest checkpoint
+  moedist runs                                    # how the runs below runs/ stand
+  moedist report runs/first                       # one of them as an HTML page
   moedist checkpoint inspect runs/first           # what its newest checkpoint holds
   moedist doctor                                  # is this machine fit, which rank or link is slow?
   moedist doctor parity                           # do ranks compute what one device computes?
