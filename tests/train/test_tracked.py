@@ -15,20 +15,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from moedist.launch.compose import compose
+from moedist.launch.folder import claim_folder
 from moedist.log.config import LogConfig
+from moedist.log.dashboard import plan_dashboard, row_of_run
 from moedist.log.run_log import RunLog
 from moedist.log.sink.contract import RunInfo
 from moedist.log.sink.jsonl import JsonlConfig
 from moedist.log.sink.wandb import WandbConfig
+from moedist.mesh import Mesh
 from moedist.moe.balance.bias import BiasConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.layer import MoELayer
+from moedist.train.run import run_rank
 from tests.parity import counted_bytes
 from tests.ranks import Here
 from tests.rows import flat, read_rows
 from tests.train.test_parity import BARE, steps_loader
-from tests.train.tiny import LENGTH, ROWS, changed, make_trainer
+from tests.train.tiny import LENGTH, ROWS, changed, make_trainer, no_measuring
 
 WORLD, ACCUMULATION, EXPERTS, TOP_K, RATE = 4, 4, 8, 2, 0.01
 CONFIG = changed(
@@ -42,7 +47,8 @@ CONFIG = changed(
     },
     train={"activation_checkpointing": "full", "global_batch_tokens": WORLD * ACCUMULATION * ROWS * LENGTH},
 )
-SINKS = {"jsonl": JsonlConfig(), "wandb": WandbConfig(mode="offline")}
+OFFLINE = WandbConfig(mode="offline")
+SINKS = {"jsonl": JsonlConfig(), "wandb": OFFLINE}
 CONFIG = dataclasses.replace(CONFIG, log=LogConfig(dead_window=1, max_scalar_keys=400, sinks=SINKS))
 
 
@@ -224,3 +230,34 @@ def test_the_tracker_holds_what_the_ranks_did(ranks, tmp_path: Path):
     assert written <= {key.partition(".")[0] for key in row}, "metrics.jsonl has no number that the tracker lacks"
     parts = [row[f"time/{part}"] for part in ("data", "compute", "exchange", "optimizer", "other")]
     assert min(parts) >= 0 and sum(parts) == pytest.approx(row["time/step"]) and row["time/exchange"] > 0
+    planned = plan_dashboard(row_of_run(tmp_path, CONFIG.log.max_scalar_keys), [])
+    named = {key for section in planned for panel in section.panels for key in panel.keys}
+    tracked = {key.partition(".")[0] for key in row}
+    assert named <= tracked and len(named) > 60, "every key that a panel of the dashboard names is there"
+
+
+def test_no_secret_is_in_any_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All loggers on; secrets where users keep them: in the environment, and in the configuration by reference."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PLANTED"):
+        monkeypatch.setenv(name, "canary-0123456789")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "run" / "trackio"))
+    composed = compose(
+        [
+            "experiment=null", "data=synthetic", "log/sink=[jsonl,wandb,tensorboard,trackio]", "train.steps=2",
+            "log.sinks.wandb.mode=offline", "log.sinks.wandb.tags=['${oc.env:PLANTED}']", "model.dim=16",
+            f"run.dir={tmp_path / 'run'}", "model.layers.num_layers=2", "train.log_every=1", "train.eval_every=null",
+        ]
+    )  # fmt: skip
+    quiet = dataclasses.replace(composed.config, log=LogConfig(sinks={**composed.config.log.sinks, "wandb": OFFLINE}))
+    claim = claim_folder(composed.config.run, composed.mapping)
+    try:
+        with no_measuring():
+            assert run_rank(quiet, claim.path, Mesh.alone(), io.StringIO()) == 0
+    finally:
+        claim.release()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"metrics.jsonl", "experts.bin", "environment.json", "config.yaml"}
+    assert any(path.suffix == ".wandb" for path in files) and any("tfevents" in path.name for path in files)
+    assert [path for path in files if b"canary" in path.read_bytes()] == []
+    assert "${oc.env:PLANTED}" in (tmp_path / "run" / "config.yaml").read_text()
