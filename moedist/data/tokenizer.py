@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """The ids of each text, in order; lazily."""
         ...
 
+    def text_of(self, token: int) -> str:
+        """What an id says, for people: part of a letter is the replacement character, an unused id is empty."""
+        ...
+
 
 def open_tokenizer(path: str | None, end_id: int | None) -> Tokenizer:
     """Bytes for None, else a Hugging Face ``tokenizers`` file (``tokenizer.json``).
@@ -60,6 +64,10 @@ class ByteTokenizer:
     def encode(self, texts: Iterable[Text]) -> Iterator[np.ndarray]:
         """uint16 ids of each text."""
         return (encode_bytes(text.content) for text in texts)
+
+    def text_of(self, token: int) -> str:
+        """The byte as UTF-8."""
+        return bytes([token]).decode("utf-8", "replace") if token < BYTE_END_ID else ""
 
 
 class FileTokenizer:
@@ -99,6 +107,10 @@ class FileTokenizer:
             decoded = [text.decode() for text in batch]
             for encoding in self._tokenizer.encode_batch(decoded, add_special_tokens=False):
                 yield np.array([*encoding.ids, self.end_id] if encoding.ids else [], dtype)
+
+    def text_of(self, token: int) -> str:
+        """As the file's own decoder says it."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

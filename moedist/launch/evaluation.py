@@ -28,7 +28,9 @@ class Evaluation:
     composed: Composed
 
 
-def plan_evaluation(path: Path, overrides: Sequence[str] = (), now: datetime.datetime | None = None) -> Evaluation:
+def plan_evaluation(
+    path: Path, overrides: Sequence[str] = (), now: datetime.datetime | None = None, room: str = "eval"
+) -> Evaluation:
     """Reads what a checkpoint was trained with.
 
     The capacity limit is a means of training: the finished model is measured without it, on one node.
@@ -37,6 +39,7 @@ def plan_evaluation(path: Path, overrides: Sequence[str] = (), now: datetime.dat
         path: a checkpoint, or a run folder for its newest one.
         overrides: as on the command line.
         now: names the evaluation's folder.
+        room: the folder below the run in which that one lies.
 
     Raises:
         ConfigErrors: there is no checkpoint, it is damaged, or the overrides don't fit.
@@ -48,7 +51,8 @@ def plan_evaluation(path: Path, overrides: Sequence[str] = (), now: datetime.dat
         raise ConfigError(
             "CHECKPOINT", str(path), f"cannot be read: {error}", "Name another checkpoint of the run."
         ) from error
-    folder = checkpoint.parents[1] / "eval" / f"{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{checkpoint.name}"
+    stamp = f"{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder = checkpoint.parents[1] / room / f"{stamp}_{checkpoint.name}"
     saved["run"] = {**saved["run"], "dir": str(folder), "resume": "never", "allow_changes": []}
     saved["launch"] = {**saved["launch"], "nnodes": 1, "rendezvous": None, "max_restarts": 0}
     return Evaluation(checkpoint, compose_onto(without_limits(saved), overrides))

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -30,6 +30,7 @@ from moedist.cli.train import refuse_multirun
 from moedist.config import ConfigError
 
 if TYPE_CHECKING:
+    from moedist.analyze.program import Request
     from moedist.mesh import Axis
 
 MEETING_S = 600.0
@@ -57,6 +58,7 @@ def run_saved(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="moedist.train")
     parser.add_argument("config", type=Path)
     parser.add_argument("--eval", type=Path, help="measure this checkpoint instead of training")
+    parser.add_argument("--analyze", type=Path, help="analyze what this file asks for instead of training")
     parser.add_argument("--parity", action="store_true", help="compare one step's gradients with one device's")
     args = parser.parse_args(argv)
     run_dir = args.config.parent.absolute()
@@ -64,10 +66,22 @@ def run_saved(argv: Sequence[str]) -> int:
     from moedist.launch.saved import decode_saved, read_mapping
 
     try:
-        config = decode_saved(read_mapping(args.config))
+        mapping = read_mapping(args.config)
+        config = decode_saved(mapping)
+        request = None if args.analyze is None else _read_request(args.analyze, mapping)
     except ConfigError as error:
         return _end_refused(run_dir, error)
-    return _run(config, run_dir, terminal, checkpoint=args.eval, parity=args.parity)
+    return _run(config, run_dir, terminal, checkpoint=args.eval, request=request, parity=args.parity)
+
+
+def _read_request(path: Path, mapping: Mapping[str, Any]) -> Request:
+    """What `moedist analyze` asks for."""
+    from moedist.analyze.program import Request
+    from moedist.launch.analysis import decode_corpora
+
+    asked = json.loads(path.read_text(encoding="utf-8"))
+    others = tuple(map(Path, asked["others"]))
+    return Request(Path(asked["checkpoint"]), others, decode_corpora(mapping, asked["corpora"]))
 
 
 def run_composed(overrides: Sequence[str]) -> int:
@@ -155,7 +169,12 @@ def _decide(
 
 
 def _run(
-    config: Any, run_dir: Path, terminal: TextIO | None, checkpoint: Path | None = None, parity: bool = False
+    config: Any,
+    run_dir: Path,
+    terminal: TextIO | None,
+    checkpoint: Path | None = None,
+    request: Request | None = None,
+    parity: bool = False,
 ) -> int:
     from moedist.mesh import close_mesh, join_mesh
     from moedist.train.run import eval_rank, run_rank
@@ -164,6 +183,10 @@ def _run(
         mesh = join_mesh(config.mesh)
         if checkpoint is not None:
             return eval_rank(config, run_dir, mesh, checkpoint, terminal)
+        if request is not None:
+            from moedist.analyze.program import analyze_rank
+
+            return analyze_rank(config, run_dir, mesh, request, terminal)
         if parity:
             from moedist.doctor.parity import check_rank
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -11,7 +11,8 @@ from moedist.data.contract import Source
 from moedist.data.loader import Loader
 from moedist.mesh import Mesh
 from moedist.mesh.collectives import all_sum
-from moedist.model.contract import LanguageModel, StepContext
+from moedist.model.batch import TokenBatch
+from moedist.model.contract import LanguageModel, ModelOutput, StepContext
 from moedist.model.loss import token_loss
 from moedist.parallel import release
 from moedist.train.build import autocast
@@ -36,6 +37,22 @@ def evaluate(
             where the next step of training would find them.
         beat: called before each micro-step: the whole may take long, one micro-step may not.
     """
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for batch, output in held_out(model, source, config, mesh, step, beat):
+        total += torch.stack([token_loss(output, batch.target_BS).double(), batch.num_targets().double()])
+    loss, count = all_sum(total, mesh.dp).tolist()
+    return loss / max(count, 1.0)
+
+
+def held_out(
+    model: LanguageModel,
+    source: Source,
+    config: RunConfig,
+    mesh: Mesh,
+    step: int,
+    beat: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[TokenBatch, ModelOutput]]:
+    """This rank's micro-batches of the held-out part and what the model makes of them; see `evaluate`."""
     loader = Loader(
         source,
         "valid",
@@ -46,24 +63,20 @@ def evaluate(
         cross_documents=config.data.cross_documents,
         pin_memory=mesh.device.type == "cuda",
     )
-    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        for micro_batches in itertools.islice(loader, config.train.eval_batches):
-            beat()
-            for batch in micro_batches:
-                batch = batch.to(mesh.device)
-                context = StepContext(
-                    seed=config.seed,
-                    step=torch.tensor(step, device=mesh.device),
-                    num_tokens=batch.num_tokens(),
-                    training=False,
-                )
-                with autocast(config, mesh):
-                    output = model(batch, context)
-                total += torch.stack([token_loss(output, batch.target_BS).double(), batch.num_targets().double()])
+    for micro_batches in itertools.islice(loader, config.train.eval_batches):
+        beat()
+        for batch in micro_batches:
+            batch = batch.to(mesh.device)
+            context = StepContext(
+                seed=config.seed,
+                step=torch.tensor(step, device=mesh.device),
+                num_tokens=batch.num_tokens(),
+                training=False,
+            )
+            with torch.no_grad(), autocast(config, mesh):
+                output = model(batch, context)
+            yield batch, output
     release(model)
     model.train(was_training)
-    loss, count = all_sum(total, mesh.dp).tolist()
-    return loss / max(count, 1.0)
