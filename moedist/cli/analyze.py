@@ -15,8 +15,11 @@ examples:
   # the newest checkpoint of a run on its held-out part, compared with the run's other checkpoints
   moedist analyze runs/first
 
-  # a certain one, on texts of several domains
-  moedist analyze runs/first/checkpoints/step_00000200 --corpus 'python=src/**/*.py' --corpus prose=docs,README.md
+  # a certain one
+  moedist analyze runs/first/checkpoints/step_00000200
+
+  # on texts of several domains
+  moedist analyze runs/first --corpus 'python=src/**/*.py' --corpus 'prose=docs/*.md,README.md'
 
   # on all of the held-out part, on two ranks, for a script
   moedist analyze runs/first train.eval_batches=null launch.nproc=2 --json

@@ -31,6 +31,7 @@ examples:
   moedist eval runs/first                         # held-out loss of its newest checkpoint
   moedist runs                                    # how the runs below runs/ stand
   moedist report runs/first                       # one of them as an HTML page
+  moedist analyze runs/first                      # which tokens each of its experts takes
   moedist checkpoint inspect runs/first           # what its newest checkpoint holds
   moedist doctor                                  # is this machine fit, which rank or link is slow?
   moedist doctor parity                           # do ranks compute what one device computes?
