@@ -102,7 +102,7 @@ function classMap() {
   const seen = corpus().classes.map((_, place) => place).filter((place) => pairs[place].some((value) => value > 0));
   return card("Classes of tokens", `Where the pairs of each class go: a row sums to 100 %; ${percent(1 / sizes().experts)} is chance.`,
     map(seen.map((place) => shares[place]), experts(sizes().experts), seen.map((place) => corpus().classes[place]), {
-      unit: "share of the class", xTitle: "expert", yTitle: "",
+      unit: "share of the class", xTitle: "expert", yTitle: "", height: 360,
     }));
 }
 function coactivation() {
@@ -173,7 +173,7 @@ function coloured() {
   });
   const note = chosen.expert === null ? "Each token in the colour of its first choice; point at one for all of its experts, press an expert to see its tokens alone."
     : `Tokens that have expert ${chosen.expert} among their choices.`;
-  return card("Text by expert", note, make("div", {}, keys, ...texts), true);
+  return card("Text by expert", note, make("div", {}, keys, make("div", { class: "texts" }, ...texts)), true);
 }
 function favourites() {
   const body = make("tbody");
@@ -195,8 +195,8 @@ function tiles() {
   const facts = [
     [corpus().tokens.toLocaleString("en-US"), "tokens"],
     [`${blocks().length} × ${sizes().experts}, top ${sizes().top_k}`, "MoE layers × experts"],
-    [percent(mean((found) => found.token_information / Math.max(found.expert_entropy, 1e-9))), "of the choice is the token's, mean over layers"],
-    [percent(mean((found) => found.class_information / Math.max(found.expert_entropy, 1e-9))), "is its class's"],
+    [percent(mean((found) => found.token_information / Math.max(found.expert_entropy, 1e-9))), "of the choice of experts is decided by the token, mean over layers"],
+    [percent(mean((found) => found.class_information / Math.max(found.expert_entropy, 1e-9))), "by the token's class"],
   ];
   return make("div", { class: "tiles" }, ...facts.map(([value, name]) => make("div", { class: "tile" }, make("b", {}, value), make("span", {}, name))));
 }

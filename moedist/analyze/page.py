@@ -17,12 +17,13 @@ from importlib import resources
 from typing import Any
 
 from moedist.config import ConfigError
+from moedist.config.exit_codes import ExitCode
 
 
 class AnalysisError(ConfigError):
     """What the environment lacks for an analysis."""
 
-    exit_code = 4
+    exit_code = ExitCode.ENVIRONMENT
 
 
 def render(result: Mapping[str, Any]) -> str:

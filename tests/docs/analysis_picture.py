@@ -15,6 +15,7 @@ from tests.docs.pages import ROOT
 PICTURE = ROOT / "docs" / "pictures" / "analysis.png"
 TRAIN = [
     "launch.nproc=1",
+    "launch.threads=1",
     "mesh.ep=1",
     "model.dim=32",
     "train.steps=120",
