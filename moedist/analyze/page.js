@@ -117,7 +117,7 @@ function positions() {
   const rows = layer().position_load, starts = corpus().positions;
   const turned = experts(sizes().experts).map((_, expert) => rows.map((row) => row[expert]));
   return card("Load by position", "Position in the document (or row), cut into ranges; load over the mean load of the range: 1 is balanced.",
-    map(turned, starts.map(String), experts(sizes().experts), { unit: "load / mean", xTitle: "from position", yTitle: "expert", percents: false, height: 360 }));
+    map(turned, starts.map(String), experts(sizes().experts), { unit: "load / mean", xTitle: "from position", yTitle: "expert", percents: false, height: 330 }), true);
 }
 function domainMap() {
   const found = DATA.domains.layers[chosen.layer], names = DATA.domains.corpora;
