@@ -17,8 +17,8 @@ def _default_sinks() -> dict[str, SinkConfig]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TraceConfig(Config):
-    """Which steps' routing is recorded, to ``<run>/traces`` (`moedist.moe.trace`); none by default.
+class ChosenSteps(Config):
+    """Some steps of a run; none by default.
 
     Attributes:
         steps: optimizer steps, counted from 1 as in ``train/step``.
@@ -34,12 +34,22 @@ class TraceConfig(Config):
 
     @property
     def on(self) -> bool:
-        """Whether any step is recorded."""
+        """Whether any step is meant."""
         return bool(self.steps) or self.every is not None
 
     def wants(self, step: int) -> bool:
-        """Whether the routing of ``step`` is recorded."""
+        """Whether ``step`` is meant."""
         return step in self.steps or (self.every is not None and step % self.every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceConfig(ChosenSteps):
+    """Steps whose routing is recorded, to ``<run>/traces`` (`moedist.moe.trace`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasesConfig(ChosenSteps):
+    """Steps whose phases are recorded on every rank, to ``<run>/traces`` (`moedist.train.phases`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +64,7 @@ class LogConfig(Config):
         peak_tflops: what one device can do at most, in TFLOP/s, for ``train/mfu``; None to measure it at the start.
         alerts: when somebody is told that the run is sick.
         trace: steps whose routing is recorded.
+        phases: steps of which it is recorded what every rank did when.
         sinks: where numbers go, by any name; none of them can stop a run.
     """
 
@@ -62,6 +73,7 @@ class LogConfig(Config):
     peak_tflops: float | None = None
     alerts: AlertConfig = dataclasses.field(default_factory=AlertConfig)
     trace: TraceConfig = dataclasses.field(default_factory=TraceConfig)
+    phases: PhasesConfig = dataclasses.field(default_factory=PhasesConfig)
     sinks: dict[str, SinkConfig] = dataclasses.field(default_factory=_default_sinks)
 
     def __post_init__(self) -> None:

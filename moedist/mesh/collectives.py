@@ -109,6 +109,16 @@ def broadcast_json(value: Any, axis: Axis, device: torch.device) -> Any:
     return json.loads(bytes(payload.cpu().tolist()))
 
 
+def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
+    """Every rank's ``value`` in the order of the axis, on every rank. Travels as JSON bytes."""
+    payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size_G = all_gather(torch.tensor([payload.numel()], device=device), axis).flatten().tolist()
+    padded = torch.zeros(max(size_G), dtype=torch.uint8, device=device)
+    padded[: payload.numel()] = payload
+    rows = all_gather(padded, axis).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, size_G, strict=True)]
+
+
 def barrier(axis: Axis, device: torch.device) -> None:
     """Returns when every rank of the axis has arrived."""
     all_sum(torch.zeros(1, device=device), axis)

@@ -33,6 +33,7 @@ from moedist.train.checkpoint import BackgroundSave, CheckpointStore, DiskError
 from moedist.train.config import RunConfig
 from moedist.train.evaluate import evaluate
 from moedist.train.measures import Measures
+from moedist.train.phases import PhaseRecorder, chrome_trace, find_straggler, write_phases
 from moedist.train.signals import StopRequest
 from moedist.train.watchdog import Watchdog
 
@@ -97,6 +98,7 @@ class Trainer:
         self.recorder = RoutingRecorder(self.model)
         self.measures = Measures(config, mesh, spread)
         self.tally, self.moe_layers = self.measures.tally, self.measures.moe_layers
+        self.phases = PhaseRecorder(mesh)
         self.engine = build_engine(config, spread, mesh)
         self.grad_norm = math.nan
         started_at = os.environ.get("MOEDIST_STARTED_AT")
@@ -108,10 +110,11 @@ class Trainer:
         self.saved_step: int | None = None
 
     def enter(self, phase: str, slow: bool = False) -> None:
-        """Tells watchdog and clock what this rank does now; ``slow`` where that waits for a disk."""
+        """Tells watchdog, clock and phases what this rank does now; ``slow`` where that waits for a disk."""
         self.measures.clock.enter(phase)
         limit_s = self.config.mesh.save_timeout_s + WATCHDOG_MARGIN_S if slow else None
         self.watchdog.enter(phase, self.progress.step, limit_s)
+        self.phases.enter(phase)
 
     # State
 
@@ -219,6 +222,8 @@ class Trainer:
         self.measures.measure_peak()
         self.model.train()
         while progress.step < train.steps:
+            if self.config.log.phases.wants(progress.step + 1):
+                self.phases.begin()
             if not self.step(loader):
                 self.save(log, must=True)
                 return False
@@ -237,7 +242,23 @@ class Trainer:
                 self.record(log, evaluates)
             if due(train.checkpoint_every, progress.step, train.steps):
                 self.save(log)
+            if self.phases.on:
+                self.write_phases(log)
         return True
+
+    def write_phases(self, log: RunLog) -> None:
+        """Writes what every rank did in the step, and says whom the others waited for; a failure costs the trace, not
+        the run."""
+        ranks, step = self.phases.end(), self.progress.step
+        if self.mesh.dp.rank != 0 or self.traces is None:
+            return
+        straggler = find_straggler(ranks, self.mesh.ep.size)
+        try:
+            path = write_phases(self.traces, chrome_trace(ranks, step, straggler), step)
+        except OSError as error:
+            log.say(f"Warning: the phases of step {step} are not recorded: {error}. The run goes on.")
+            return
+        log.say(f"phases {path}: {straggler or 'no rank waited'}")
 
     def write_trace(self, log: RunLog) -> None:
         """Writes this rank's part of the routing that the step has recorded; a failure costs the trace, not the run."""
@@ -277,7 +298,7 @@ class Trainer:
         Raises:
             NonFiniteError: on all ranks; the model is unchanged.
         """
-        with self.measures.step(self.recorded(self.progress.step + 1)):
+        with self.measures.step(self.recorded(self.progress.step + 1)), self.phases.listening():
             return self.take_step(loader)
 
     def recorded(self, step: int) -> bool:
