@@ -6,8 +6,6 @@ program inserts them as text, never as HTML; the page allows no script but its o
 
 from __future__ import annotations
 
-import base64
-import gzip
 import html
 import json
 import secrets
@@ -16,14 +14,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from moedist.config import ConfigError
-from moedist.config.exit_codes import ExitCode
-
-
-class AnalysisError(ConfigError):
-    """What the environment lacks for an analysis."""
-
-    exit_code = ExitCode.ENVIRONMENT
+from moedist.report.page import charting_library, pack
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -33,7 +24,7 @@ def render(result: Mapping[str, Any]) -> str:
         result: what ``analysis.json`` holds.
 
     Raises:
-        AnalysisError: the charting library is not installed.
+        ReportError: the charting library is not installed.
     """
     files = resources.files("moedist.analyze")
     return string.Template((files / "page.html").read_text(encoding="utf-8")).substitute(
@@ -44,21 +35,3 @@ def render(result: Mapping[str, Any]) -> str:
         library=pack(charting_library()),
         data=pack(json.dumps(result, allow_nan=False)),
     )
-
-
-def pack(text: str) -> str:
-    """Text, compressed, in base64."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
-
-
-def charting_library() -> str:
-    """Plotly's program, as its package brings it.
-
-    Raises:
-        AnalysisError: it is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise AnalysisError("plotly", None, "is not installed", "Install it: pip install 'moedist[report]'.") from None
-    return str(get_plotlyjs())

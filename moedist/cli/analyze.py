@@ -54,12 +54,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
 
 def main(args: argparse.Namespace) -> int:
     """Analyzes; returns the exit code."""
-    from moedist.analyze.page import charting_library
     from moedist.launch.analysis import plan_analysis, validate_corpora
     from moedist.launch.folder import choose_folder, claim_folder
     from moedist.launch.node_groups import follow_nodes
     from moedist.launch.start import plan_ranks, run_ranks
     from moedist.launch.validate import validate_evaluation
+    from moedist.report.page import charting_library
 
     charting_library()
     analysis = plan_analysis(args.checkpoint, args.corpus, args.overrides)
