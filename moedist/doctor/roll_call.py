@@ -18,7 +18,7 @@ from moedist.doctor.links import some
 POLL_S = 0.02
 GRACE_S = 10.0
 """Seconds beyond the limit that ranks wait for rank 0's word of who is missing."""
-LATE_S = 5.0
+LATE_S = 15.0
 """Seconds that the others get to say that they too have failed, or have heard who is missing."""
 
 
