@@ -14,7 +14,8 @@ from moedist.train.phases import Span, Straggler, chrome_trace, find_straggler
 from tests.ranks import Here
 from tests.train.tiny import CONFIG, changed, make_trainer
 
-LATE_S = 0.3
+LATE_S = 1000.0
+"""More than any real wait."""
 
 
 def rank(exchange_s: float, agree_s: float = 1.0) -> list[Span]:
@@ -60,18 +61,17 @@ class Said:
 
 
 def recorded(here: Here, folder: Path) -> dict[str, Any]:
-    """Two steps, the second recorded; rank 1 is late in its backward."""
+    """Two steps, the second recorded; rank 1 is late in its backward, by its clock."""
     config = changed(CONFIG, log={"phases": PhasesConfig(steps=(2,))})
     trainer = make_trainer(config, config.data.open(), here.mesh_of(2), traces=folder)
     loader, log = trainer.loader(), Said()
     assert trainer.step(loader) and not trainer.phases.on
-    backward = trainer.engine.backward
+    backward, late_s = trainer.engine.backward, 0.0
+    trainer.phases._clock = lambda: time.perf_counter() + late_s
 
     def late(*args: Any, **kwargs: Any) -> None:
-        if here.rank == 1:
-            end = time.perf_counter() + LATE_S
-            while time.perf_counter() < end:
-                pass
+        nonlocal late_s
+        late_s = LATE_S * here.rank
         backward(*args, **kwargs)
 
     trainer.engine.backward = late  # type: ignore[method-assign]
