@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import TINY, Command, of_no_clock, processes_of, read_rows, start
+from tests.end_to_end.runs import TINY, Command, of_no_clock, processes_of, start
+from tests.rows import read_rows
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import TINY, of_no_clock, read_rows, train
+from tests.end_to_end.runs import TINY, of_no_clock, train
 from tests.launch.namespaces import ROOT, environment
 from tests.launch.slurm import Slurm, slurm, why_not
+from tests.rows import read_rows
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 420.0

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from moedist.train.checkpoint.manifest import folder_name, verify
-from tests.end_to_end.runs import TINY, of_no_clock, read_rows
+from tests.end_to_end.runs import TINY, of_no_clock
 from tests.launch.namespaces import ROOT, Nodes, environment, nodes, why_not
+from tests.rows import read_rows
 
 pytestmark = pytest.mark.slow
 
