@@ -293,7 +293,7 @@ def trained(
             trainer.step(loader)
             rows.append((trainer.tally.reduce(trainer.mesh.dp).loss, trainer.engine.learning_rates()["router"]))
             if trainer.progress.step == save_at:
-                trainer.save(SimpleNamespace(say=lambda line: None))  # type: ignore[arg-type]
+                trainer.save(SimpleNamespace(say=lambda line: None, saved=lambda step, path: None))  # type: ignore[arg-type]
     return rows
 
 

@@ -26,8 +26,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_conf_types_and_the_command(installed: Path):
     conf = {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
-    assert {str(path.relative_to(installed / "moedist" / "conf")) for path in installed.rglob("*.yaml")} == conf
-    assert (installed / "moedist" / "py.typed").is_file()
+    carried = installed / "moedist" / "conf"
+    assert {str(path.relative_to(carried)) for path in carried.rglob("*.yaml")} == conf
+    package = {path.relative_to(ROOT) for path in (ROOT / "moedist").rglob("*") if "__pycache__" not in path.parts}
+    assert all((installed / path).exists() for path in package), "data files (clusters, pages, py.typed) travel too"
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "moedist = moedist.cli.main:main" in entry_points.read_text()
     assert not list(installed.glob("tests")), "tests are not for users"
