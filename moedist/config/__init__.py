@@ -7,6 +7,6 @@ its ``kind`` is the name of the module that holds it, so that ``moe.router: {kin
 """
 
 from moedist.config.base import Choice, Config, require, to_mapping
-from moedist.config.errors import ConfigError, ConfigErrors
+from moedist.config.errors import ConfigError, ConfigErrors, names_secret
 
-__all__ = ["Choice", "Config", "ConfigError", "ConfigErrors", "require", "to_mapping"]
+__all__ = ["Choice", "Config", "ConfigError", "ConfigErrors", "names_secret", "require", "to_mapping"]

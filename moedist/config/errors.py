@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from moedist.config.exit_codes import ExitCode
+
+SECRET = re.compile(
+    r"(^|[._])(password|passwd|secret|credentials?|(api|access|private|secret)_?key|(api|access|auth|hf)_?token)$"
+    r"|(^|\.)token$",
+    re.IGNORECASE,
+)
+"""Keys whose text is a secret by their name: ``api_key`` and ``token``, but neither ``train.global_batch_tokens`` nor
+``data.tokenizer``."""
+HIDDEN = "<hidden>"
+
+
+def names_secret(key: str) -> bool:
+    """Whether a dotted key names a secret."""
+    return SECRET.search(key) is not None
 
 
 class ConfigError(ValueError):
@@ -13,7 +28,7 @@ class ConfigError(ValueError):
     Args:
         key: dotted path of the value, as the user would write it (``mesh.ep``). Inside a config it is the field's
             own name; decoding puts the path in front (`under`).
-        value: the offending value.
+        value: the offending value; text of a key that names a secret is not shown.
         problem: what is wrong, as the rest of a sentence that starts with ``key = value``.
         remedy: what to set instead, as a sentence.
 
@@ -24,8 +39,9 @@ class ConfigError(ValueError):
     exit_code = ExitCode.CONFIG
 
     def __init__(self, key: str, value: object, problem: str, remedy: str):
-        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
-        super().__init__(f"{key} = {value!r} {problem}. {remedy}")
+        self.key, self.problem, self.remedy = key, problem, remedy
+        self.value = HIDDEN if isinstance(value, str) and names_secret(key) and "${" not in value else value
+        super().__init__(f"{key} = {self.value!r} {problem}. {remedy}")
 
     def under(self, prefix: str) -> ConfigError:
         """The same error, its key below ``prefix``."""

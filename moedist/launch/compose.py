@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 import moedist
-from moedist.config import Choice, Config, ConfigError, ConfigErrors, to_mapping
+from moedist.config import Choice, Config, ConfigError, ConfigErrors, names_secret, to_mapping
 from moedist.launch.choices import check_plugins, choose_one_of, is_contract, list_choices
 from moedist.launch.decode import MISSING, decode, field_types, has_default, without_none
 from moedist.launch.saved import interpolation_error
@@ -155,6 +155,8 @@ def _settle(composed: DictConfig) -> Composed:
         config = decode(RunConfig, resolved, resolved["plugins"])
     except ConfigErrors as errors:
         raise ConfigErrors(_hide_secret(error, mapping) for error in errors.errors) from None
+    if found := list(_open_secrets(mapping, "")):
+        raise ConfigErrors(found)
     return Composed(config, mapping)
 
 
@@ -448,6 +450,20 @@ def _without_secrets(composed: DictConfig, resolved: Any) -> Any:
         return raw if literal or value != marked_value else value
 
     return choose(OmegaConf.to_container(composed, resolve=False), resolved, marked)
+
+
+def _open_secrets(value: Any, key: str) -> Iterator[ConfigError]:
+    """An error for each text that stands in the open below a key that names a secret. Parts of one's own may have such
+    keys: what they hold would go to the run folder, to trackers and into every checkpoint."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _open_secrets(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _open_secrets(inner, f"{key}.{place}" if isinstance(inner, dict) else key)
+    elif isinstance(value, str) and value and names_secret(key) and "${" not in value:
+        remedy = f"Set an environment variable and name it: {key}='${{oc.env:NAME}}'."
+        yield ConfigError(key, value, "is a secret in the open, and would be written to the run folder", remedy)
 
 
 def _hide_secret(error: ConfigError, mapping: Any) -> ConfigError:

@@ -14,7 +14,7 @@ class ExchangeMeter:
 
     Attributes:
         bytes_sent: to other ranks.
-        bytes_arrived: from all ranks, this one included: what its experts work on.
+        bytes_arrived: from all ranks, this one included: rows for its experts, and results that come back to it.
     """
 
     def __init__(self, device: torch.device):

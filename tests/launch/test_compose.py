@@ -95,6 +95,24 @@ def test_errors_do_not_show_values_from_the_environment(monkeypatch: pytest.Monk
     assert "canary" not in errors_of("seed=${oc.env:CANARY}")["seed"]
 
 
+def test_a_secret_in_the_open_is_refused_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only a part of one's own can have such a key; no key of moedist's is taken for one."""
+    write_plugin(tmp_path, "keyed")
+    router = tmp_path / "keyed" / "moe" / "router" / "eager.py"
+    router.write_text(router.read_text() + "    api_key: str | None = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CANARY", "secret-canary")
+    chosen = ["plugins=[keyed]", "moe/router=eager"]
+    (error,) = errors_of(*chosen, "moe.router.api_key=secret-canary").values()
+    assert "moe.router.api_key = '<hidden>' is a secret in the open" in error and "${oc.env:NAME}" in error
+    assert "canary" not in "".join(errors_of("log.sinks.wandb.api_key=secret-canary").values())
+    composed = compose([*chosen, "moe.router.api_key=${oc.env:CANARY}"])
+    assert to_mapping(composed.config.moe.router)["api_key"] == "secret-canary"
+    assert "canary" not in str(composed.mapping)
+    for overrides in (["data=synthetic", "train.global_batch_tokens=64"], ["data=text", "data.tokenizer=a.json"]):
+        compose([*overrides, "experiment=null"])
+
+
 def test_interpolations_within_the_configuration_are_resolved():
     composed = compose(["train.eval_every=${train.log_every}", "train.log_every=3", r"run.name=\${kept}"])
     assert composed.mapping["train"]["eval_every"] == 3

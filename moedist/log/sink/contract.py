@@ -37,7 +37,7 @@ class RunInfo:
             ``run_id`` for most.
         resumed_step: the step that this process resumes from; 0 for a fresh start. Records up to the last step that a
             sink already holds and beyond ``resumed_step`` are replays.
-        config: the run's configuration as plain mappings, unresolved, secrets redacted.
+        config: the run's configuration as plain mappings, values from the environment unresolved.
         environment: code revision, versions and hardware, as plain mappings.
         num_steps: the last step of the run.
         device: a word on the hardware (``4 x cpu``).
