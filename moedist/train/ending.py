@@ -62,7 +62,7 @@ class Ending:
         self.exit_code = EXIT_CODES[reason]
 
     def __enter__(self) -> Ending:
-        flight_recorder.forget(self.run_dir, self.mesh.dp.rank)
+        flight_recorder.forget(self.run_dir, self.mesh.dp.rank, self.mesh.dp.size)
         return self
 
     def __exit__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import shlex
 from pathlib import Path
 
 
@@ -22,20 +23,24 @@ def how_to_read(run_dir: Path) -> str:
     prefix = dump_prefix(run_dir)
     if not prefix.parent.is_dir():
         return ""
-    return (
-        f"`torchfrtrace --allow-incomplete-ranks --prefix {prefix.name} {prefix.parent}` says which collective waited "
-        "and for which ranks."
-    )
+    command = shlex.join(["torchfrtrace", "--allow-incomplete-ranks", "--prefix", prefix.name, str(prefix.parent)])
+    return f"`{command}` says which collective waited and for which ranks."
 
 
-def forget(run_dir: Path, rank: int) -> None:
-    """Takes the dump of an earlier start away, so that it is not compared with this one's, and makes the folder.
+def forget(run_dir: Path, rank: int, num_ranks: int) -> None:
+    """Takes the dump of an earlier start away, so that it is not compared with this one's, and makes the folder. Rank 0
+    does so too for ranks that an earlier start had and this one, of ``num_ranks``, has not.
 
     A disk that refuses is left for the run itself to meet, which knows what to say.
     """
     with contextlib.suppress(OSError):
+        prefix = dump_prefix(run_dir)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         _path(run_dir, rank).unlink(missing_ok=True)
-        dump_prefix(run_dir).parent.mkdir(parents=True, exist_ok=True)
+        for path in prefix.parent.glob(f"{prefix.name}*") if rank == 0 else ():
+            number = path.name.removeprefix(prefix.name)
+            if number.isdigit() and int(number) >= num_ranks:
+                path.unlink(missing_ok=True)
 
 
 def dump(run_dir: Path, rank: int) -> Path | None:

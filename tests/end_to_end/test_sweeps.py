@@ -117,7 +117,8 @@ def test_a_killed_sweep_leaves_no_orphan(tmp_path: Path):
 
 
 def test_optuna_prunes_and_goes_on_from_its_storage(tmp_path: Path):
-    """Six trials over one rank each, two of them a learning rate at which nothing is learnt."""
+    """Six trials over one rank each: two that learn, then four at a rate at which nothing is learnt. Each waits after
+    its first evaluation, the hopeless ones until they have been told to stop."""
     pytest.importorskip("optuna")
     study = (
         "hydra/sweeper=optuna",
@@ -131,25 +132,27 @@ def test_optuna_prunes_and_goes_on_from_its_storage(tmp_path: Path):
         "mesh.ep=1",
         "train.checkpoint_every=null",
         "train.eval_every=25",
-        "train.steps=400",
+        "train.steps=50",
     )
     rates = "train.optimizer.experts_lr=choice(1e-2,1e-9)"
     space = (rates, "train.optimizer.other_lr=${train.optimizer.experts_lr}", "moe.capacity.factor=interval(1.0,2.0)")
-    command = sweep(tmp_path / "sweep", *study, "hydra.sweeper.n_trials=6", *space)
+    command = sweep(tmp_path / "sweep", *study, "hydra.sweeper.n_trials=6", *space, gate=26)
+    for number in range(6):
+        job = one_of(command, f"{number:03d}")
+        job.reached()
+        if number >= 2:
+            job.told("SIGTERM")
+        job.open_gate()
     exit_code, out, err = command.wait(600)
     assert exit_code == 0, err
     jobs = jobs_of(command.folder)
-    assert len(jobs) == 6 and {job["state"] for job in jobs} == {"COMPLETED", "PRUNED"}
-    for number, job in enumerate(jobs):
-        earlier = [other["by_step"] for other in jobs[:number] if other["state"] == "COMPLETED"]
-        if job["state"] == "PRUNED":
-            step = job["message"].split()[3].rstrip(":")
-            peers = [series[step] for series in earlier]
-            so_far = [value for at, value in job["by_step"].items() if int(at) <= int(step)]
-            assert len(peers) >= 2 and min(so_far) > statistics.median(peers)
-            assert max(map(int, job["by_step"])) < 400, "it ran to its end"
-            assert "train.optimizer.experts_lr=1e-09" in job["overrides"]
-            assert json.loads((command.folder / job["run_dir"] / "status.json").read_text())["reason"] == "preempted"
+    assert [job["state"] for job in jobs] == ["COMPLETED"] * 2 + ["PRUNED"] * 4
+    median = statistics.median(job["by_step"]["25"] for job in jobs[:2])
+    for job in jobs[2:]:
+        assert "train.optimizer.experts_lr=1e-09" in job["overrides"]
+        assert list(job["by_step"]) == ["25"] and job["by_step"]["25"] > median, "pruned without a cause, or too late"
+        assert f"Hopeless at step 25: {job['values'][0]:.5g}, and the median is {median:.5g}." == job["message"]
+        assert json.loads((command.folder / job["run_dir"] / "status.json").read_text())["reason"] == "preempted"
 
     more = ("hydra.sweeper.n_trials=1", "hydra.sweeper.sampler.seed=3")  # the first seed would ask for the first trials
     again = sweep(command.folder, *study, *more, *space, resume="auto")

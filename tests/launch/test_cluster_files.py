@@ -205,3 +205,9 @@ def test_slurm_signals_before_the_limit_and_leaves_time_to_save():
     to, _, seconds = options["signal"].partition("@")
     assert to == "B:USR1" and int(seconds) > compose([]).config.launch.stop_after_s
     assert subprocess.run(["bash", "-n", str(LAUNCH / "slurm.sbatch")]).returncode == 0
+
+
+def test_a_slurm_job_must_be_able_to_come_back():
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "run.dir=/shared/first", "run.resume=/shared/other"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "run.resume is auto" in ended.stderr

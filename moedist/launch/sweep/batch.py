@@ -19,7 +19,7 @@ from moedist.launch.saved import CONFIG
 from moedist.launch.start import POLL_S, StopSignals, plan_ranks, rank_log
 from moedist.launch.sweep.job import Job, Place, RunningJob
 from moedist.launch.sweep.objective import Measured, is_above, median_of_others
-from moedist.launch.sweep.record import FINISHED, JobRecord, SweepRecord, hash_config, now
+from moedist.launch.sweep.record import FINISHED, LEFT, JobRecord, SweepRecord, hash_config, now
 from moedist.launch.sweep.settings import SweepConfig
 from moedist.launch.validate import validate
 from moedist.log.sink.jsonl import JsonlConfig
@@ -68,7 +68,7 @@ class Batches:
             batch: for each job, its overrides; the fixed ones, as in ``known``, may be among them.
 
         Raises:
-            SweepStopped: a signal came.
+            SweepStopped: a signal came, and a job is left to do.
         """
         records: list[JobRecord] = []
         jobs: dict[int, Job] = {}
@@ -79,7 +79,7 @@ class Batches:
                 jobs.setdefault(record.number, job)  # a sweeper may ask for one job twice
         self.record.write()
         self._run_all(list(jobs.values()))
-        if self.signals.count:
+        if self.signals.count and any(record.state in LEFT for record in records):
             raise SweepStopped
         return [self._result(record) for record in records]
 
@@ -114,9 +114,8 @@ class Batches:
             ConfigErrors: all that is wrong with it.
         """
         folder = self.record.folder / record.run_dir
-        run = composed.config.run
-        resume = "auto" if (folder / CONFIG).is_file() else "never" if run.resume == "auto" else run.resume
-        run = dataclasses.replace(run, dir=str(folder), resume=resume)
+        resume = "auto" if (folder / CONFIG).is_file() else "never"
+        run = dataclasses.replace(composed.config.run, dir=str(folder), resume=resume)
         composed = Composed(dataclasses.replace(composed.config, run=run), {**composed.mapping, "run": to_mapping(run)})
         ranks = plan_ranks(composed.config.launch, composed.config.mesh.device)
         composed = follow_nodes(composed, ranks.nproc)

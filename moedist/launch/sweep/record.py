@@ -21,6 +21,8 @@ SWEEP = "sweep.json"
 State = Literal["WAITING", "RUNNING", "COMPLETED", "PRUNED", "FAILED", "STOPPED"]
 FINISHED: tuple[State, ...] = ("COMPLETED", "PRUNED")
 """Jobs that a sweep which goes on does not run again."""
+LEFT: tuple[State, ...] = ("WAITING", "RUNNING", "STOPPED")
+"""Jobs that have not come to an end of their own."""
 
 
 @dataclasses.dataclass
@@ -82,6 +84,7 @@ class SweepRecord:
         objectives: each as weights by metric.
         jobs: by number.
         asked: numbers of the jobs that this start was asked for.
+        cut_short: whether the sweeper failed before it was content.
     """
 
     folder: Path
@@ -89,6 +92,7 @@ class SweepRecord:
     objectives: list[dict[str, float]]
     jobs: list[JobRecord] = dataclasses.field(default_factory=list)
     asked: set[int] = dataclasses.field(default_factory=set)
+    cut_short: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> SweepRecord | None:
@@ -154,11 +158,12 @@ class SweepRecord:
     @property
     def exit_code(self) -> int:
         """Of this start: 0 where every job that was asked for completed or was pruned, 75 where one is left to do,
-        else the highest of the failed jobs.
+        else the highest of the failed jobs and of a sweeper that failed (2).
         """
         asked = [job for job in self.jobs if job.number in self.asked]
         failed = [job.exit_code or ExitCode.RANK_FAILED for job in asked if job.state == "FAILED"]
-        left = any(job.state in ("WAITING", "RUNNING", "STOPPED") for job in asked)
+        failed += [ExitCode.CONFIG] if self.cut_short else []
+        left = any(job.state in LEFT for job in asked)
         return int(ExitCode.PREEMPTED if left else max(failed, default=ExitCode.DONE))
 
     @property

@@ -71,7 +71,7 @@ class Slurm:
         )
         found = re.fullmatch(r"SLURM job (\d+)", job.record.place)
         if found and _state(found[1]):  # its sweep was killed, and it goes on
-            return SlurmJob(job, found[1])
+            return SlurmJob(job, found[1], earlier=None)
         words = [text for text in job.overrides if not re.match(r"launch\.(nnodes|rendezvous)=", text)]
         command = ["sbatch", "--parsable", f"--job-name={job.run_dir.parent.name}-{job.run_dir.name}"]
         command += [f"--nodes={launch.nnodes}", f"--output={output_of(job)}", *self._options, self._script]
@@ -81,20 +81,25 @@ class Slurm:
                 "hydra.launcher", "slurm", f"could not submit ({said.stderr.strip()})", "Mend hydra.launcher.options."
             )
         job.record.place = f"SLURM job {said.stdout.strip().partition(';')[0]}"
-        return SlurmJob(job, job.record.place.rpartition(" ")[2])
+        return SlurmJob(job, job.record.place.rpartition(" ")[2], earlier=read_status(job.run_dir))
 
 
 class SlurmJob:
     """A job that has been submitted.
 
+    Args:
+        job: of the sweep.
+        number: of the job in SLURM.
+        earlier: the status that lay in the run folder before; it is not this job's.
+
     Attributes:
         log: what its script says.
     """
 
-    def __init__(self, job: Job, number: str):
+    def __init__(self, job: Job, number: str, earlier: Status | None):
         self.log = output_of(job)
         self._number, self._run_dir = number, job.run_dir
-        self._earlier = read_status(job.run_dir)
+        self._earlier = earlier
         self._stopping = self._ended = False
         self._next_look, self._last_answer = 0.0, time.monotonic()
 
@@ -122,7 +127,7 @@ class SlurmJob:
         self._stopping = True
         # The script would have it come back after it has saved.
         _ask(["scontrol", "update", f"JobId={self._number}", "Requeue=0"])
-        began = _state(self._number) != "PENDING"
+        began = _state(self._number) not in ("PENDING", "CONFIGURING")
         _ask(["scancel", *(["--signal=USR1", "--batch"] if began else []), self._number])
 
     def kill(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypedDict
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
@@ -17,6 +18,7 @@ from moedist.launch.decode import decode
 from moedist.launch.folder import RunClaim, choose_folder, lock_folder, refused
 from moedist.launch.start import StopSignals
 from moedist.launch.sweep.batch import Batches, SweepStopped
+from moedist.launch.sweep.job import Place
 from moedist.launch.sweep.launchers import LAUNCHERS, register_launchers
 from moedist.launch.sweep.record import SWEEP, SweepRecord
 from moedist.launch.sweep.settings import SweepConfig
@@ -24,6 +26,8 @@ from moedist.train.config import RunFolder
 from moedist.train.lock import LOCK
 
 LAUNCHER = "hydra/launcher"
+BEARS_FAILURES = "max_failure_rate"
+"""The setting of sweepers that go on when a job raises."""
 
 
 def run_sweep(overrides: Sequence[str], say: Callable[[str], None] = print) -> SweepRecord:
@@ -37,6 +41,38 @@ def run_sweep(overrides: Sequence[str], say: Callable[[str], None] = print) -> S
         ConfigErrors: all that is wrong with the sweep itself; what is wrong with a job ends that job alone.
         FolderError: the folder cannot be written.
     """
+    parsed = parse_sweep(overrides)
+    register_launchers()
+    with open_conf(parsed) as arguments:
+        composed, settings, folder = compose_sweep(arguments)
+        place = settings.open()
+        claim = claim_sweep(folder)
+        try:
+            record = read_record(claim, overrides, settings)
+            with StopSignals() as signals:
+                batches = Batches(
+                    record=record,
+                    settings=settings,
+                    place=place,
+                    **share_out(parsed, arguments, place),
+                    signals=signals,
+                    say=say,
+                    judges=settings.prune_after_jobs is not None or not is_basic(composed),
+                    bears_failures=BEARS_FAILURES in composed.hydra.sweeper,
+                )
+                ask_sweeper(batches, arguments)
+            record.write()
+            return record
+        finally:
+            claim.release()
+
+
+def parse_sweep(overrides: Sequence[str]) -> list[Override]:
+    """The overrides of a sweep, a launcher among them.
+
+    Raises:
+        ConfigError: one cannot be read, or gives several values to what a sweep has one of.
+    """
     parsed = parse_overrides(overrides, several=True)
     for override in parsed:
         require(
@@ -48,51 +84,73 @@ def run_sweep(overrides: Sequence[str], say: Callable[[str], None] = print) -> S
         )
     if not any(override.key_or_group == LAUNCHER for override in parsed):
         parsed += parse_overrides([f"{LAUNCHER}=torchrun"])
-    register_launchers()
-    with open_conf(parsed) as arguments:
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        try:
-            composed = hydra.compose_config(ROOT, arguments, RunMode.MULTIRUN, from_shell=False)
-            settings, folder = read_settings(composed), read_folder(composed)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise error if isinstance(error, ConfigError) else ConfigErrors([hydra_error(error)]) from error
-        place = settings.open()
-        given = parse_overrides(arguments, several=True)
-        swept = {o.key_or_group for o in given if o.is_sweep_override()}
-        taken = {"run.dir", "run.resume", *swept, *(text.partition("=")[0] for text in place.overrides)}
-        claim = claim_sweep(folder)
-        try:
-            record = read_record(claim, overrides, settings)
-            with StopSignals() as signals:
-                batches = Batches(
-                    record=record,
-                    settings=settings,
-                    place=place,
-                    fixed=[str(o.input_line) for o in parsed if is_fixed(o) and o.key_or_group not in taken],
-                    known={rendered(o) for o in given if not o.is_sweep_override() and o.key_or_group not in swept},
-                    signals=signals,
-                    say=say,
-                    judges=settings.prune_after_jobs is not None or not is_basic(composed),
-                    bears_failures="max_failure_rate" in composed.hydra.sweeper,
-                )
-                # Sweepers cannot pass on what is taken away (~key, experiment=null): jobs hear of that from us alone.
-                passed = [text for text in arguments if not text.startswith("~")]
-                passed.append(f"hydra.sweep.dir='{claim.path}'")
-                if batches.bears_failures and not any("max_failure_rate" in text for text in arguments):
-                    passed.append("hydra.sweeper.max_failure_rate=1.0")
-                try:
-                    hydra.multirun(ROOT, batches.run, passed, with_log_configuration=False)
-                except SweepStopped:
-                    say("The sweep was told to stop, and its jobs have been. Go on with run.resume=auto.")
-                except Exception as error:  # a sweeper's: whatever it is, jobs may have run for hours
-                    if not record.asked:
-                        raise ConfigErrors([hydra_error(error)]) from error
-                    say(f"The sweeper ended with {type(error).__name__}: {error}")
-            record.write()
-            return record
-        finally:
-            claim.release()
+    return parsed
+
+
+def compose_sweep(arguments: Sequence[str]) -> tuple[DictConfig, SweepConfig, RunFolder]:
+    """What Hydra makes of the command without what is swept, the launcher's settings and where the sweep is to be.
+
+    Raises:
+        ConfigErrors: it makes nothing of it, or the settings or the place don't hold.
+    """
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None, "outside open_conf"
+    try:
+        composed = hydra.compose_config(ROOT, list(arguments), RunMode.MULTIRUN, from_shell=False)
+        return composed, read_settings(composed), read_folder(composed)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigErrors([hydra_error(error)]) from error
+
+
+class Given(TypedDict):
+    """What of the command every job has, as of `Batches`."""
+
+    fixed: list[str]
+    known: set[str]
+
+
+def share_out(parsed: Sequence[Override], arguments: Sequence[str], place: Place) -> Given:
+    """Tells what every job has from what differs, and from what the sweep itself or the place decides.
+
+    Args:
+        parsed: the overrides as the user wrote them.
+        arguments: the same as Hydra has them.
+        place: where jobs run.
+    """
+    given = parse_overrides(arguments, several=True)
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
+    taken = {"run.dir", "run.resume", *swept, *(text.partition("=")[0] for text in place.overrides)}
+    return Given(
+        fixed=[str(override.input_line) for override in parsed if is_fixed(override, taken)],
+        known={rendered(o) for o in given if not o.is_sweep_override() and o.key_or_group not in swept},
+    )
+
+
+def ask_sweeper(batches: Batches, arguments: Sequence[str]) -> None:
+    """Lets the sweeper choose jobs, batch by batch, until it is content or told to stop.
+
+    Raises:
+        ConfigErrors: it failed before it had asked for a job.
+        FolderError: the record cannot be written.
+    """
+    # Sweepers cannot pass on what is taken away (~key, experiment=null): jobs hear of that from us alone.
+    passed = [text for text in arguments if not text.startswith("~")]
+    passed.append(f"hydra.sweep.dir='{batches.record.folder}'")
+    if batches.bears_failures and not any(BEARS_FAILURES in text for text in arguments):
+        passed.append(f"hydra.sweeper.{BEARS_FAILURES}=1.0")
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None, "outside open_conf"
+    try:
+        hydra.multirun(ROOT, batches.run, passed, with_log_configuration=False)
+    except SweepStopped:
+        batches.say("The sweep was told to stop, and its jobs have been. Go on with run.resume=auto.")
+    except ConfigError:
+        raise
+    except Exception as error:  # a sweeper's: whatever it is, jobs may have run for hours
+        if not batches.record.asked:
+            raise ConfigErrors([hydra_error(error)]) from error
+        batches.record.cut_short = True
+        batches.say(f"The sweeper ended with {type(error).__name__}: {error}")
 
 
 def read_settings(composed: DictConfig) -> SweepConfig:
@@ -129,6 +187,20 @@ def read_folder(composed: DictConfig) -> RunFolder:
         folder = decode(RunFolder, {str(key): value for key, value in mapping.items()})
     except ConfigErrors as errors:
         raise ConfigErrors(error.under("run") for error in errors.errors) from None
+    require(
+        folder.resume in ("never", "auto"),
+        "run.resume",
+        folder.resume,
+        "names one run, and a sweep makes many",
+        "Leave it out, or set it to auto to go on with the sweep in run.dir.",
+    )
+    require(
+        folder.resume == "never" or folder.dir is not None,
+        "run.resume",
+        folder.resume,
+        "needs a folder to come back to",
+        "Set run.dir to the folder of the sweep.",
+    )
     return decode(RunFolder, {**to_mapping(folder), "name": f"{folder.name}_sweep"})
 
 
@@ -185,9 +257,10 @@ def read_record(claim: RunClaim, overrides: Sequence[str], settings: SweepConfig
     return record
 
 
-def is_fixed(override: Override) -> bool:
-    """Whether an override is every job's."""
-    return not override.is_sweep_override() and not override.key_or_group.startswith("hydra")
+def is_fixed(override: Override, taken: Collection[str]) -> bool:
+    """Whether an override is every job's; ``taken`` are keys that are not its to set."""
+    key = override.key_or_group
+    return not override.is_sweep_override() and not key.startswith("hydra") and key not in taken
 
 
 def rendered(override: Override) -> str:

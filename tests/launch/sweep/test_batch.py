@@ -119,6 +119,16 @@ def test_a_stopped_sweep_starts_nothing_more_and_goes_on_later(start: Callable[.
     assert [job.composed.config.run.resume for job in stage.started] == ["never", "auto", "never"]
 
 
+def test_a_signal_that_finds_all_done_stops_the_next_batch(start: Callable[..., Batches]):
+    batches = start(of_seed({}))
+    come = property(lambda self: int("COMPLETED" in states(batches)))
+    batches.signals = type("Signals", (), {"interrupts": 0, "count": come})()
+    assert len(batches.run(seeds(1))) == 1
+    with pytest.raises(SweepStopped):
+        batches.run(seeds(2))
+    assert states(batches) == ["COMPLETED", "WAITING"] and batches.record.exit_code == 75
+
+
 def test_what_must_be_measured_is_checked_where_it_matters(start: Callable[..., Batches]):
     blind = [["train.eval_every=null"]]
     batches = start(of_seed({}))

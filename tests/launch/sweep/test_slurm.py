@@ -98,6 +98,24 @@ def test_a_job_that_outlived_its_sweep_is_found_again(asked, make_job):
     assert calls[-1][0] == "sbatch"
 
 
+def test_what_it_said_while_its_sweep_was_gone_is_heard(asked, make_job):
+    job = make_job(place="SLURM job 12")
+    write_status(job.run_dir, "done", "All steps done.")
+    asked[1]["squeue"] = "COMPLETING"
+    running = PLACE.start(job)
+    asked[1]["squeue"] = "gone"
+    assert running.poll().reason == "done"
+
+
+@pytest.mark.parametrize("state", ["PENDING", "CONFIGURING"])
+def test_a_job_that_has_not_begun_is_cancelled(state: str, asked, make_job):
+    calls, says = asked
+    running = PLACE.start(make_job())
+    says["squeue"] = state
+    running.stop()
+    assert calls[-1] == ["scancel", "17"], "there is nobody yet to hear a signal"
+
+
 def test_silence_is_bounded(asked, make_job, monkeypatch: pytest.MonkeyPatch):
     running = PLACE.start(make_job())
     monkeypatch.setattr(slurm, "SILENCE_S", -1.0)

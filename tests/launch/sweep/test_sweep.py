@@ -9,6 +9,8 @@ import pytest
 
 from moedist.cli.main import main
 from moedist.config import ConfigError
+from moedist.launch.sweep.batch import Batches
+from moedist.launch.sweep.record import JobRecord
 from moedist.launch.sweep.sweep import run_sweep
 from moedist.launch.sweep.torchrun import TorchrunConfig
 from tests.launch.sweep.stage import DONE, QUICK, Stage, losses
@@ -46,6 +48,7 @@ def test_a_grid_runs_and_a_bad_job_fails_alone(tmp_path: Path, stage: Stage, cap
         ("hydra/launcher=basic", "hydra/launcher = 'basic' starts no ranks. Choose one of torchrun"),
         ("hydra.launcher.ranks_per_job=0", "hydra.launcher.ranks_per_job = 0 is not a number of ranks"),
         ("run.dir=a,b", "a sweep has one"),
+        ("run.resume=runs/first", "run.resume = 'runs/first' names one run, and a sweep makes many"),
     ],
 )
 def test_what_is_wrong_with_the_sweep_itself(override: str, words: str, tmp_path: Path, stage: Stage):
@@ -53,6 +56,23 @@ def test_what_is_wrong_with_the_sweep_itself(override: str, words: str, tmp_path
         run_sweep([*QUICK, f"run.dir={tmp_path / 'sweep'}", override])
     assert words in str(caught.value)
     assert not stage.started and not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_goes_on_where_it_is_told_to(stage: Stage):
+    with pytest.raises(ConfigError, match="run.resume = 'auto' needs a folder to come back to"):
+        run_sweep([*QUICK, "run.resume=auto"])
+
+
+def test_a_sweeper_that_fails_midway_is_no_success(
+    tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: Output
+):
+    def fail(batches: Batches, record: JobRecord) -> None:
+        raise RuntimeError("the study is gone")
+
+    monkeypatch.setattr(Batches, "_result", fail)
+    assert main(["train", "-m", *QUICK, f"run.dir={tmp_path / 'sweep'}", "mesh.ep=2"]) == 2
+    assert "The sweeper ended with RuntimeError: the study is gone" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"][0]["state"] == "COMPLETED"
 
 
 def test_flags_that_show_one_run_do_not_go_with_many(capsys: Output):
