@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moedist.estimate.cluster import Cluster
     from moedist.estimate.estimate import Estimate
     from moedist.estimate.search import Found
     from moedist.train.config import RunConfig
@@ -30,7 +32,7 @@ examples:
   # the shape of a Hugging Face model; a table of clusters of your own; routing as a run has recorded it
   moedist estimate --hf model/config.json mesh.ep=8 mesh.fsdp=64 --ranks 64
   moedist estimate experiment=olmoe_1b_7b --clusters mine.yaml --cluster ours
-  moedist estimate run.name=first --trace runs/first
+  moedist estimate run.dir=runs/first --trace runs/first
 
   # the closed form of memory against one step on tensors without storage, counted by torch
   moedist estimate model.dim=1024 moe.num_experts=16 train.micro_batch=16 --fake-run
@@ -69,7 +71,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
 
 def main(args: argparse.Namespace) -> int:
     """Estimates; returns the exit code."""
-    from moedist.config import require
     from moedist.estimate.cluster import choose_cluster, read_clusters
     from moedist.estimate.estimate import estimate
     from moedist.estimate.search import search
@@ -80,12 +81,13 @@ def main(args: argparse.Namespace) -> int:
     from moedist.launch.node_groups import follow_nodes
     from moedist.launch.validate import accepts, validate_estimate, vocab_size_of
 
-    require(args.ranks is None or args.ranks >= 1, "--ranks", args.ranks, "is no number of ranks", "Give 1 or more.")
+    check_flags(args)
     composed = compose([*([] if args.hf is None else hf_overrides(args.hf)), *args.overrides])
     default = "h100" if composed.config.mesh.device == "cuda" else "laptop"
     cluster = choose_cluster(read_clusters(args.clusters), args.cluster or default)
     config = follow_nodes(composed, composed.config.launch.nproc or cluster.ranks_per_node).config
     world = args.ranks or ranks_of(config, cluster.ranks_per_node)
+    cluster = on_nodes(cluster, config, args.ranks)
     if args.search:
         found = search(config, vocab_size_of(config), world, cluster, accepts)
         return show_search(found, args)
@@ -97,32 +99,73 @@ def main(args: argparse.Namespace) -> int:
     return show(estimate(config, vocab_size, world, cluster, spreads=spreads), config, args)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses numbers that are none, and flags that would change nothing.
+
+    Raises:
+        ConfigError: of the first one.
+    """
+    from moedist.config import require
+
+    require(args.ranks is None or args.ranks >= 1, "--ranks", args.ranks, "is no number of ranks", "Give 1 or more.")
+    require(args.top >= 1, "--top", args.top, "shows nothing", "Give 1 or more.")
+    for name, at_least_0 in {"tokens": False, "price": True}.items():
+        number = getattr(args, name)
+        good = number is None or 0 < number < math.inf or (at_least_0 and number == 0)
+        require(good, f"--{name}", number, "is no amount", "Give a number above 0.")
+    for name in ("trace", "fake_run", "tokens", "price"):
+        given = getattr(args, name)
+        require(
+            not (args.search and given not in (None, False)),
+            f"--{name.replace('_', '-')}",
+            given if isinstance(given, (bool, float)) else str(given),
+            "says nothing of all layouts of --search",
+            "Search first, then estimate the layout that you choose.",
+        )
+
+
+def on_nodes(cluster: Cluster, config: RunConfig, ranks: int | None) -> Cluster:
+    """The cluster with nodes of as many ranks as the run puts on them: ``mesh.ranks_per_node``, or ``launch.nproc``
+    where that is fewer than its devices and ``--ranks`` does not say otherwise."""
+    started = config.launch.nproc if ranks is None else None
+    number = config.mesh.ranks_per_node or min(started or cluster.ranks_per_node, cluster.ranks_per_node)
+    return dataclasses.replace(cluster, ranks_per_node=number)
+
+
+def compare_fake_run(found: Estimate, config: RunConfig) -> dict[str, Any]:
+    """What one step on fakes holds, as ``fake_run``, and the closed form of the same: even routing, on a CPU."""
+    from moedist.estimate.estimate import estimate
+    from moedist.estimate.fake_run import fake_run
+
+    vocab_size, world = found.shape.vocab_size, found.layout.world
+    cluster = dataclasses.replace(found.cluster, device="cpu")
+    closed = estimate(config, vocab_size, world, cluster, shape=found.shape).memory.peak
+    return {**dataclasses.asdict(fake_run(config, vocab_size, world)), "closed_form": closed}
+
+
 def show(found: Estimate, config: RunConfig, args: argparse.Namespace) -> int:
     """Says one estimate; returns the exit code."""
     from moedist.estimate.describe import budget, describe
     from moedist.estimate.estimate import as_mapping, what_to_change
-    from moedist.estimate.fake_run import fake_run
     from moedist.launch.validate import accepts
 
-    tokens = args.tokens or float(config.train.steps * found.tokens_per_step)
+    tokens = float(config.train.steps * found.tokens_per_step) if args.tokens is None else args.tokens
     spent = budget(found, tokens, found.cluster.price_per_hour if args.price is None else args.price)
     remedy = None if found.fits else what_to_change(config, found, accepts)
-    fake = fake_run(config, found.shape.vocab_size, found.layout.world) if args.fake_run else None
+    fake = compare_fake_run(found, config) if args.fake_run else None
     if args.json:
         more = {
             "budget": dataclasses.asdict(spent),
             "change": remedy,
-            "fake_run": None if fake is None else dataclasses.asdict(fake),
+            "fake_run": fake,
         }
         print(json.dumps({**as_mapping(found), **more}))
         return 0 if found.fits else 3
     print("\n".join(describe(found)))
     print(spent.describe())
     if fake is not None:
-        apart = found.memory.peak / fake.peak - 1
-        print(
-            f"fake run       {fake.peak / 2**30:.2f} GiB of live tensors at most; the closed form is {apart:+.1%} off"
-        )
+        peak, apart = fake["peak"] / 2**30, fake["closed_form"] / fake["peak"] - 1
+        print(f"fake run       {peak:.2f} GiB of live tensors at most; the closed form of a CPU is {apart:+.1%} off")
     if found.fits:
         return 0
     print(f"moedist estimate: does not fit: {found.memory.peak / 2**30:.2f} GiB per rank", file=sys.stderr)

@@ -249,7 +249,8 @@ def within(limit_s: float, work: Callable[[], float]) -> float | None:
 def check_interfaces(variable: Callable[[str], str | None], interfaces: set[str]) -> Finding:
     """The network interfaces that the collectives are told to use."""
     told = {name: value for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if (value := variable(name))}
-    names = [word.lstrip("^=") for value in told.values() for word in value.split(",")]
+    # Behind ^ stand those that NCCL shall not use, which need not be here.
+    names = [word.lstrip("=") for value in told.values() if value[0] != "^" for word in value.split(",")]
     missing = [name for name in names if not any(interface.startswith(name) for interface in interfaces)]
     text = ", ".join(sorted(interfaces)) + "".join(f"; {name}={value}" for name, value in told.items())
     if missing:

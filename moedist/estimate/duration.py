@@ -159,15 +159,16 @@ def passes(layout: Layout) -> int:
 
 
 def _exchange(traffic: LayerTraffic, layout: Layout, cluster: Cluster) -> float:
-    """Seconds of a layer's all-to-alls in one micro-step. The slowest link decides: rows leave for the node and for the
-    network at once, and the rank that most rows go to keeps the others waiting."""
+    """Seconds of a layer's all-to-alls in one micro-step. Rows leave for the node and for the network at once, and the
+    slower link decides, or in turn; the rank that most rows go to keeps the others waiting."""
     if layout.ep == 1:
         return 0.0
     heaviest = traffic.rows.arrived / max(traffic.rows.sent, 1)
     inside = traffic.chosen.inside / (cluster.node_gb_per_s * 1e9)
     across = traffic.chosen.across / (cluster.network_gb_per_s * 1e9)
     again = passes(layout) / PASSES
-    return again * heaviest * max(inside, across) + passes(layout) * cluster.latency_us * 1e-6
+    rows = inside + across if traffic.in_turn else max(inside, across)
+    return again * heaviest * rows + passes(layout) * cluster.latency_us * 1e-6
 
 
 def _ring(num_bytes: float, ranks: int, neighbours: int, cluster: Cluster) -> float:

@@ -104,44 +104,61 @@ def estimate(
     )
 
 
-def changes(config: RunConfig, world: int) -> Iterator[tuple[str, RunConfig]]:
-    """What makes a rank hold less, from the cheapest to the dearest, each on top of the ones before."""
-    train, mesh = config.train, config.mesh
-
-    def of_train(**values: Any) -> RunConfig:
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
-
-    for what in ("selective", "full"):
-        if train.activation_checkpointing == "none" or (what, train.activation_checkpointing) == ("full", "selective"):
-            config = of_train(activation_checkpointing=what)
-            yield f"train.activation_checkpointing={what}", config
-    if mesh.fsdp != world and config.engine.kind == "native":
-        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, fsdp=world))
-        yield f"mesh.fsdp={world}", config
-    while config.train.micro_batch > 1:
-        config = of_train(micro_batch=config.train.micro_batch // 2)
-        yield f"train.micro_batch={config.train.micro_batch}", config
+def changes(config: RunConfig, world: int) -> Iterator[tuple[str, str | int]]:
+    """Keys and values with which a rank holds less, from the cheapest to the dearest, each on top of those before."""
+    strengths = ("none", "selective", "full")
+    for strength in strengths[strengths.index(config.train.activation_checkpointing) + 1 :]:
+        yield "train.activation_checkpointing", strength
+    if config.mesh.fsdp != world and config.engine.kind == "native":
+        yield "mesh.fsdp", world
+    micro_batch = config.train.micro_batch
+    while micro_batch > 1:
+        micro_batch //= 2
+        yield "train.micro_batch", micro_batch
     ep = config.mesh.ep
     while config.moe.num_experts % (2 * ep) == 0 and world % (2 * ep) == 0:
         ep *= 2
-        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, ep=ep))
-        yield f"mesh.ep={ep}", config
+        yield "mesh.ep", ep
+
+
+def changed(config: RunConfig, made: Mapping[str, str | int]) -> RunConfig:
+    """The configuration with some of `changes`.
+
+    Raises:
+        ConfigError: two values do not go together.
+    """
+    values: dict[str, dict[str, Any]] = {"train": {}, "mesh": {}}
+    for key, value in made.items():
+        part, name = key.split(".")
+        values[part][name] = value
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, **values["train"]),
+        mesh=dataclasses.replace(config.mesh, **values["mesh"]),
+    )
 
 
 def what_to_change(config: RunConfig, found: Estimate, accepts: Accepts) -> tuple[str, ...] | None:
-    """The fewest of `changes`, in their order, with which it fits; None where all of them do not help."""
-    world, made = found.layout.world, dict[str, str]()
-    try:
-        for text, changed in changes(config, world):
-            key, _, value = text.partition("=")
-            made[key] = value
-            if not accepts(changed, world):
-                continue
-            now = estimate(changed, found.shape.vocab_size, world, found.cluster, shape=found.shape)
-            if now.fits:
-                return tuple(f"{key}={value}" for key, value in made.items())
-    except ConfigError:
-        pass  # two parts that do not go together: no change of this kind helps
+    """`changes` with which it fits, none of them for nothing; None where all of them do not help."""
+    world = found.layout.world
+
+    def fits(made: Mapping[str, str | int]) -> bool:
+        try:
+            candidate = changed(config, made)
+        except ConfigError:
+            return False
+        if not accepts(candidate, world):
+            return False
+        return estimate(candidate, found.shape.vocab_size, world, found.cluster, shape=found.shape).fits
+
+    made = dict[str, str | int]()
+    for key, value in changes(config, world):
+        made[key] = value
+        if fits(made):
+            for earlier in tuple(made):
+                fewer = {kept: made[kept] for kept in made if kept != earlier}
+                made = fewer if fits(fewer) else made
+            return tuple(f"{kept}={made[kept]}" for kept in made)
     return None
 
 

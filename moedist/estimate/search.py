@@ -56,11 +56,10 @@ def layouts(config: RunConfig, world: int) -> Iterator[tuple[tuple[str, ...], Ru
     train = config.train
     batch = train.global_batch_tokens or world * train.micro_batch * train.sequence_length
     divisors = [size for size in range(1, world + 1) if world % size == 0]
-    rows = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length()) if 2**power <= LARGEST_MICRO_BATCH]
     for ep, fsdp, micro_batch, again in itertools.product(
         [size for size in divisors if config.moe.num_experts % size == 0],
         [None, *divisors],
-        [number for number in rows if batch % (world * number * train.sequence_length) == 0],
+        [rows for rows in range(1, LARGEST_MICRO_BATCH + 1) if batch % (world * rows * train.sequence_length) == 0],
         typing.get_args(Recomputing),
     ):
         if fsdp is not None and fsdp % ep != 0:

@@ -28,12 +28,14 @@ class LayerTraffic:
     Attributes:
         rows: on the rank that has most; what memory must hold and what the others wait for.
         chosen: by the run's dispatcher.
+        in_turn: whether it sends to other nodes first and inside the node after that; else both at once.
         per_pair: with a row for each pair.
         per_rank, per_node: with one copy of a token for each rank, or node, that has an expert of it.
     """
 
     rows: Rows
     chosen: Traffic
+    in_turn: bool
     per_pair: Traffic
     per_rank: Traffic
     per_node: Traffic
@@ -168,12 +170,13 @@ def layer_traffic(
     per_pair = _scaled(AllToAllConfig().traffic(batch), spread.pairs_per_token / top_k)
     per_rank = _scaled(HierarchicalConfig(once_per="rank").traffic(batch), spread.ranks / even.ranks)
     per_node = _scaled(HierarchicalConfig(once_per="node").traffic(batch), spread.nodes / even.nodes)
-    chosen = per_pair
+    chosen, in_turn = per_pair, False
     if isinstance(moe.dispatch, HierarchicalConfig):
-        chosen = per_rank if moe.dispatch.once_per == "rank" else per_node
+        in_turn = moe.dispatch.once_per == "node"
+        chosen = per_node if in_turn else per_rank
     elif travels_whole(moe):
         chosen = moe.dispatch.traffic(batch) or per_pair
-    return LayerTraffic(rows, chosen, per_pair, per_rank, per_node)
+    return LayerTraffic(rows, chosen, in_turn, per_pair, per_rank, per_node)
 
 
 def _scaled(traffic: Traffic, factor: float) -> Traffic:

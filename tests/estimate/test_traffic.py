@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moedist.cli.estimate import on_nodes
 from moedist.config import ConfigError
 from moedist.estimate.cluster import read_clusters
 from moedist.estimate.estimate import estimate
 from moedist.estimate.shape import Layout, shape_of
 from moedist.estimate.traffic import even_spread, read_spreads, traffic_of
+from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.trace import LayerTrace, StepTrace, write_part
 from tests.train.tiny import CONFIG, changed
 
@@ -62,6 +64,25 @@ def test_skew_needs_more_memory_and_time(tmp_path: Path):
     assert spreads[1].heaviest == EP
     assert skewed.traffic[1].rows.arrived == EP * even.traffic[1].rows.arrived
     assert skewed.duration.exchange == pytest.approx(EP * even.duration.exchange)
+
+
+def test_exchanges_one_after_the_other_take_the_sum_of_their_times():
+    config = changed(TINY, moe={"dispatch": HierarchicalConfig()})
+    cluster = dataclasses.replace(read_clusters()["laptop"], latency_us=0.0, ranks_per_node=2)
+    found = estimate(config, 37, RANKS, cluster)
+    sent = [layer.chosen for layer in found.traffic.values()]
+    seconds = sum(
+        one.inside / (cluster.node_gb_per_s * 1e9) + one.across / (cluster.network_gb_per_s * 1e9) for one in sent
+    )
+    assert all(one.inside > 0 and one.across > 0 for one in sent)
+    assert found.duration.exchange == pytest.approx(seconds)
+
+
+def test_nodes_of_fewer_ranks_than_the_cluster_has_count():
+    cluster = read_clusters()["h100"]
+    assert on_nodes(cluster, TINY, ranks=4).ranks_per_node == 8
+    assert on_nodes(cluster, changed(TINY, mesh={"ranks_per_node": 2}), ranks=4).ranks_per_node == 2
+    assert on_nodes(cluster, changed(TINY, launch={"nproc": 4}), ranks=None).ranks_per_node == 4
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path):

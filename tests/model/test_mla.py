@@ -63,10 +63,16 @@ def written_out(attention: MLA, x_SD: Tensor) -> Tensor:
 @pytest.mark.parametrize("query_rank", [None, 8])
 def test_equals_attention_written_out(query_rank):
     attention = build(query_rank)
-    x_BSD = torch.randn(2, 7, DIM, dtype=torch.float64)
-    got = attention(x_BSD, plain(7, rows=2))
-    for row in range(2):
-        torch.testing.assert_close(got[row], written_out(attention, x_BSD[row]), rtol=1e-12, atol=1e-12)
+    x_BSD = torch.randn(2, 7, DIM, dtype=torch.float64, requires_grad=True)
+    got_BSD = attention(x_BSD, plain(7, rows=2))
+    wanted_BSD = torch.stack([written_out(attention, x_SD) for x_SD in x_BSD])
+    torch.testing.assert_close(got_BSD, wanted_BSD, rtol=1e-12, atol=1e-12)
+    weight_BSD = torch.randn_like(got_BSD)
+    leaves = {"x": x_BSD, **dict(attention.named_parameters())}
+    got, wanted = (torch.autograd.grad((y * weight_BSD).sum(), list(leaves.values())) for y in (got_BSD, wanted_BSD))
+    for name, got_gradient, wanted_gradient in zip(leaves, got, wanted, strict=True):
+        assert wanted_gradient.abs().max() > 0, name
+        torch.testing.assert_close(got_gradient, wanted_gradient, rtol=1e-11, atol=1e-12, msg=name)
 
 
 def test_documents_of_a_row_do_not_see_each_other():
