@@ -26,6 +26,7 @@ from moedist.mesh.fake import fake_mesh
 from moedist.model.batch import TokenBatch
 from moedist.model.contract import LanguageModel, StepContext
 from moedist.model.loss import token_loss
+from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.report import StepCounts, pack_reports
 from moedist.parallel.fully_shard import units_of
 from moedist.train.build import autocast, build_engine, build_model
@@ -61,8 +62,8 @@ def fake_run(config: RunConfig, vocab_size: int, world_size: int, *, rank: int =
         rank: which one.
 
     Raises:
-        ConfigError: an engine that builds nothing without its ranks, or weights on the host, which is where all fakes
-            are.
+        ConfigError: an engine that builds nothing without its ranks, weights on the host, which is where all fakes
+            are, or a dispatcher that tells the host other numbers than those of pairs.
     """
     require(
         isinstance(config.engine, NativeConfig) and not config.engine.offload,
@@ -70,6 +71,13 @@ def fake_run(config: RunConfig, vocab_size: int, world_size: int, *, rank: int =
         config.engine.kind,
         "cannot run on fakes: DeepSpeed needs its ranks, and offloading a device beside the host",
         "Set engine=native and engine.offload=false, or leave --fake-run out.",
+    )
+    require(
+        not isinstance(config.moe.dispatch, HierarchicalConfig),
+        "moe.dispatch.kind",
+        config.moe.dispatch.kind,
+        "cannot run on fakes: the host reads numbers of rows that no even share stands for",
+        "Set moe/dispatch=all_to_all, whose rows at experts are the same, or leave --fake-run out.",
     )
     train = config.train
     pairs = train.micro_batch * train.sequence_length * config.moe.router.experts_per_token(config.moe.num_experts)

@@ -169,7 +169,8 @@ def layer_traffic(
     )
     per_pair = _scaled(AllToAllConfig().traffic(batch), spread.pairs_per_token / top_k)
     per_rank = _scaled(HierarchicalConfig(once_per="rank").traffic(batch), spread.ranks / even.ranks)
-    per_node = _scaled(HierarchicalConfig(once_per="node").traffic(batch), spread.nodes / even.nodes)
+    per_node = HierarchicalConfig(once_per="node").traffic(batch)
+    per_node = Traffic(per_node.inside * spread.ranks / even.ranks, per_node.across * spread.nodes / even.nodes)
     chosen, in_turn = per_pair, False
     if isinstance(moe.dispatch, HierarchicalConfig):
         in_turn = moe.dispatch.once_per == "node"

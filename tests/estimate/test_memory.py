@@ -31,7 +31,8 @@ def test_closed_forms_hold_where_they_were_not_made(name: str, checkpointing: st
     assert abs(compared.error) <= LIMIT, compared
 
 
-def test_engines_without_ranks_are_refused():
-    config = compose([*COMMON, *SMALL, "mesh.fsdp=4", "engine.offload=true"]).config
-    with pytest.raises(ConfigError, match="cannot run on fakes"):
-        fake_run(config, 2000, 4)
+def test_what_fakes_cannot_run_is_refused():
+    for overrides in (["mesh.fsdp=4", "engine.offload=true"], ["moe/dispatch=hierarchical"]):
+        config = compose([*COMMON, *SMALL, *overrides]).config
+        with pytest.raises(ConfigError, match="cannot run on fakes"):
+            fake_run(config, 2000, 4)
