@@ -228,5 +228,5 @@ def _unknown(key: str, config: AttentionConfig | FFNConfig | object) -> ConfigEr
         key,
         getattr(config, "kind", type(config).__name__),
         "has no closed form in estimate",
-        "Leave the closed forms out: `moedist estimate --fake-run` counts the tensors of any module.",
+        "Choose the kind that is most like it; `moedist train --dry-run` counts the weights of any.",
     )
