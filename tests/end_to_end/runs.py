@@ -54,7 +54,7 @@ class Command:
     process: subprocess.Popen[str]
     folder: Path
 
-    def wait(self, limit_s: float = 180.0) -> tuple[int, str, str]:
+    def wait(self, limit_s: float = 400.0) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
         out, err = self.process.communicate(timeout=limit_s)
         return self.process.returncode, out, err
@@ -76,7 +76,7 @@ class Command:
         """The process of a rank."""
         return int(json.loads((self.folder / "logs" / f"heartbeat_{rank}.json").read_text())["pid"])
 
-    def _wait_for(self, condition: Callable[[], object], limit_s: float = 120.0) -> None:
+    def _wait_for(self, condition: Callable[[], object], limit_s: float = 300.0) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
             if self.process.poll() is not None:
