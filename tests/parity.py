@@ -20,7 +20,7 @@ from moedist.mesh import Mesh
 from moedist.moe.bank.local import LocalConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.experts.loop import LoopConfig
-from moedist.moe.layer import MoEConfig, MoELayer
+from moedist.moe.layer import MoE, MoEConfig
 from moedist.moe.plan import plan_capacity
 from moedist.moe.router.contract import Router, Routing
 from moedist.moe.router.cosine import CosineRouter
@@ -71,7 +71,7 @@ def batch_of(scene: Scene, rank: int, num_tokens: int, step: int = 3) -> tuple[T
     return x_TD, ctx
 
 
-def build(config: MoEConfig, scene: Scene) -> MoELayer:
+def build(config: MoEConfig, scene: Scene) -> MoE:
     """A layer in fp64, the same at every call; a steered one sends every token to one expert first, where the router
     looks at vectors."""
     layer = config.build(DIM, dtype=torch.float64)

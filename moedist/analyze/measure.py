@@ -12,7 +12,7 @@ from moedist.data.contract import Source
 from moedist.mesh import Mesh
 from moedist.mesh.collectives import all_sum
 from moedist.model.contract import LanguageModel
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.moe.record import RoutingRecorder
 from moedist.moe.trace import StepTrace
 from moedist.train.config import RunConfig
@@ -93,5 +93,5 @@ class Routers:
 
 def layer_sizes(model: LanguageModel) -> dict[int, tuple[int, int]]:
     """Experts and choices per token of each MoE layer, by the index of its block."""
-    configs = {layer.layer: layer.config for layer in model.modules() if isinstance(layer, MoELayer)}
+    configs = {layer.layer: layer.config for layer in model.modules() if isinstance(layer, MoE)}
     return {block: (moe.num_experts, moe.router.experts_per_token(moe.num_experts)) for block, moe in configs.items()}

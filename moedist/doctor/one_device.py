@@ -22,7 +22,7 @@ from moedist.moe.bank.local import LocalConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import FFNExpertsConfig
-from moedist.moe.layer import MoEConfig, MoELayer, MoEOutput
+from moedist.moe.layer import MoE, MoEConfig, MoEOutput
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.report import CountedMass
 from moedist.moe.router.contract import Routing
@@ -64,12 +64,12 @@ def run_in_blocks(model: nn.Module, num_blocks: int) -> None:
     """Lets every MoE layer take its micro-batch as ``num_blocks`` ranks' micro-batches, one after the other; in
     place."""
     for layer in model.modules():
-        if isinstance(layer, MoELayer):
+        if isinstance(layer, MoE):
             layer.forward = functools.partial(_forward, layer, layer.forward, num_blocks)  # type: ignore[method-assign]
 
 
 def _forward(
-    layer: MoELayer,
+    layer: MoE,
     forward: Callable[[Tensor, TokenContext], MoEOutput],
     num_blocks: int,
     x_TD: Tensor,

@@ -15,7 +15,7 @@ from moedist.model.decoder import DecoderConfig
 from moedist.model.ffn.contract import FFNConfig
 from moedist.model.ffn.moe import MoEFFNConfig
 from moedist.model.size import ModelSize, model_size, train_flops_per_token
-from moedist.moe.layer import MoEConfig, MoELayer
+from moedist.moe.layer import MoE, MoEConfig
 from moedist.train.build import PARAMETER_DTYPES
 from moedist.train.config import RunConfig
 
@@ -141,7 +141,7 @@ def shape_of(config: RunConfig, vocab_size: int) -> ModelShape:
 def _count(parent: torch.nn.Module, child: str) -> Count:
     """The parameters of a child module."""
     module = parent.get_submodule(child)
-    layers = [layer for layer in module.modules() if isinstance(layer, MoELayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
     routers = {p for layer in layers for p in layer.router.parameters()}
     experts = {p for layer in layers for p in layer.bank.experts.parameters()}
     others = [p for p in module.parameters() if p not in routers | experts]

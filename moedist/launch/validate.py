@@ -15,7 +15,7 @@ from moedist.engine.contract import TrainingStep
 from moedist.launch.folder import check_folder
 from moedist.launch.resume import check_resume
 from moedist.model.contract import LanguageModel
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.train.build import PARAMETER_DTYPES
 from moedist.train.config import RunConfig
 
@@ -174,7 +174,7 @@ def _check_model(config: RunConfig, mapping: Mapping[str, Any], vocab_size: int)
     def build() -> None:
         model = config.model.build(vocab_size, config.moe, device="meta", dtype=dtype)
         for layer in model.modules():
-            if isinstance(layer, MoELayer):
+            if isinstance(layer, MoE):
                 layer.router.check_model(model.moe_blocks)
         built.append(model)
 

@@ -5,13 +5,13 @@
 
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
-from moedist.moe.layer import MoEConfig, MoELayer, MoEOutput
+from moedist.moe.layer import MoE, MoEConfig, MoEOutput
 from moedist.moe.report import MoEReport, StepCounts, pack_reports
 
 __all__ = [
     "CapacityConfig",
     "MoEConfig",
-    "MoELayer",
+    "MoE",
     "MoEOutput",
     "MoEReport",
     "StepCounts",

@@ -118,10 +118,10 @@ class MoEConfig(Config):
         layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> MoELayer:
+    ) -> MoE:
         """A layer for [*, dim] vectors on one device, initialised unless it is on the meta device; ``layer`` is its
         place in the model and names its noise."""
-        moe = MoELayer(self, dim, layer, device, dtype)
+        moe = MoE(self, dim, layer, device, dtype)
         if not any(parameter.is_meta for parameter in moe.parameters()):
             moe.init_weights(named_draw(0, f"layer.{layer}"))
         return moe
@@ -135,7 +135,7 @@ class MoEOutput:
     report: MoEReport
 
 
-class MoELayer(nn.Module):
+class MoE(nn.Module):
     """Router, plan, bank, report. Written for one device; `spread` moves the bank's experts over ranks."""
 
     def __init__(
@@ -252,6 +252,6 @@ class MoELayer(nn.Module):
 
 def routing_label(model: nn.Module) -> str | None:
     """What every line and record of a run must say of its routing (forced, for one); None for a model's own."""
-    layers = (module for module in model.modules() if isinstance(module, MoELayer))
+    layers = (module for module in model.modules() if isinstance(module, MoE))
     labels = dict.fromkeys(layer.config.router.label for layer in layers)
     return ", ".join(label for label in labels if label is not None) or None

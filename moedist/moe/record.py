@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moedist.moe.context import TokenContext
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.router.contract import Routing
 from moedist.moe.trace import LayerTrace, StepTrace, TraceError
@@ -33,7 +33,7 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module):
-        self._layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        self._layers = [module for module in model.modules() if isinstance(module, MoE)]
         self._contexts: list[TokenContext] = []
         self._routings: dict[int, list[Routing]] = {}
         self._plans: dict[int, list[CapacityPlan]] = {}
@@ -74,7 +74,7 @@ class RoutingRecorder:
             layers={block: _layer_trace(routings[block], plans[block]) for block in sorted(routings)},
         )
 
-    def _listen_to(self, layer: MoELayer) -> list[Any]:
+    def _listen_to(self, layer: MoE) -> list[Any]:
         def hear_router(_: nn.Module, args: tuple[Tensor, TokenContext], routing: Routing) -> None:
             if layer is self._layers[0]:
                 self._contexts.append(args[1])

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moedist.model.attention.contract import Attention
 from moedist.model.ffn.contract import FFN
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 
 LIMIT = 64
 """Graphs that one function may have. Blocks share a function, and where one differs from another in a number (the layer
@@ -46,12 +46,12 @@ def parts_of(model: nn.Module, whole_layers: bool = True) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, Attention) or (isinstance(module, FFN) and not module.has_report):
             parts.append(module)
-        elif isinstance(module, MoELayer):
+        elif isinstance(module, MoE):
             parts += parts_of_layer(module, whole_layers)
     return parts
 
 
-def parts_of_layer(layer: MoELayer, whole: bool) -> list[nn.Module]:
+def parts_of_layer(layer: MoE, whole: bool) -> list[nn.Module]:
     """The layer where it has static shapes, else its router; its units under FSDP and where not ``whole``."""
     static = layer.bank.static
     if static and whole and not isinstance(layer.bank, FSDPModule):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.parallel.gradients import GradientTable
 
 
@@ -22,7 +22,7 @@ class ExpertNorms:
         gradients: how its parameters lie.
     """
 
-    def __init__(self, layers: Sequence[MoELayer], model: nn.Module, gradients: GradientTable):
+    def __init__(self, layers: Sequence[MoE], model: nn.Module, gradients: GradientTable):
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._shape = (len(layers), max((layer.config.num_experts for layer in layers), default=0))
         self._parameters: list[nn.Parameter] = []
@@ -60,7 +60,7 @@ class ExpertNorms:
         return flat.index_add_(0, self._place_X, square_X).view(self._shape)
 
 
-def _stacked(layer: MoELayer) -> Iterator[nn.Parameter]:
+def _stacked(layer: MoE) -> Iterator[nn.Parameter]:
     """Parameters whose first dim counts experts."""
     experts = layer.bank.experts
     for parameter in experts.parameters(recurse=False):
@@ -69,7 +69,7 @@ def _stacked(layer: MoELayer) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _expert_ids(layer: MoELayer, parameter: nn.Parameter) -> Tensor:
+def _expert_ids(layer: MoE, parameter: nn.Parameter) -> Tensor:
     """int64: global ids of the experts that a parameter's rows on this rank belong to."""
     ids = layer.bank.experts.expert_ids
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from moedist.mesh import FullyShard
 from moedist.model.contract import LanguageModel
-from moedist.moe.layer import MoELayer, MoEOutput
+from moedist.moe.layer import MoE, MoEOutput
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.report import MoEReport
 from moedist.moe.router.contract import Routing
@@ -68,7 +68,7 @@ def shard_weights(
             ignored_params=whole,
         )
 
-    for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         shard(layer.router, axes.dense, own)
         # Around the bank, so that no hook runs inside what is recomputed.
         shard(layer.bank, axes.experts, narrow)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moedist.mesh import Axis, Mesh
 from moedist.mesh.collectives import all_sum
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.parallel.spread import spread
 
 
@@ -59,7 +59,7 @@ def experts_to_spread(model: nn.Module) -> list[str]:
                 f"{name or 'the model'} is wrapped already ({type(module).__name__}), and the wrapper holds on to the "
                 "whole experts: spread them first, wrap then"
             )
-        if isinstance(module, MoELayer):
+        if isinstance(module, MoE):
             own = {f"{name}.{key}".lstrip("."): value for key, value in module.named_parameters()}
             experts = set(module.bank.experts.parameters())
             lie_whole = len(module.bank.experts.expert_ids) == module.config.num_experts
@@ -67,7 +67,7 @@ def experts_to_spread(model: nn.Module) -> list[str]:
                 raise ValueError(f"{name or 'the layer'} is spread already: spread a model once")
             found += [key for key, value in own.items() if value in experts]
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no MoELayer: there is nothing to spread")
+        raise ValueError(f"{type(model).__name__} holds no MoE layer: there is nothing to spread")
     return found
 
 

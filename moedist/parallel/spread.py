@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moedist.mesh import Mesh
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.moe.placement import Placement
 from moedist.parallel.fully_shard import shard_weights
 from moedist.parallel.gradients import GradientTable, ParameterSpread, Role
@@ -31,7 +31,7 @@ def spread(
     """
     role_of: dict[nn.Parameter, Role] = {}
     for layer in model.modules():
-        if not isinstance(layer, MoELayer):
+        if not isinstance(layer, MoE):
             continue
         layer.config.check_spread(mesh.ep.size)
         layer.spread(Placement.in_order(layer.config.num_experts, mesh.ep.size), mesh.ep, mesh.dp)

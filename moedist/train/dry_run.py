@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from moedist.engine.contract import Engine
 from moedist.mesh import Mesh, MeshConfig
 from moedist.mesh.fake import fake_mesh
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.train.build import SpreadModel, build_engine, build_model
 from moedist.train.config import RunConfig
 from moedist.train.layout import Layout, Shape, check_whole
@@ -119,7 +119,7 @@ def chosen_ranks(config: MeshConfig, world_size: int) -> list[int]:
 def plan_rank(spread: SpreadModel, engine: Engine, mesh: Mesh) -> PlannedRank:
     """What this rank holds."""
     parameters = dict(spread.model.named_parameters())
-    layers = (module for module in spread.model.modules() if isinstance(module, MoELayer))
+    layers = (module for module in spread.model.modules() if isinstance(module, MoE))
     return PlannedRank(
         rank=mesh.dp.rank,
         groups={axis.name: axis.ranks for axis in mesh.axes()},

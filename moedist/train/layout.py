@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.train.build import SpreadModel
 
 Shape = tuple[int, ...]
@@ -114,7 +114,7 @@ def check_cover(whole: Shape, pieces: frozenset[Piece]) -> None:
 def check_experts(model: nn.Module) -> None:
     """Asserts that this rank's experts are those whose weights, or parts of them, lie here."""
     for layer in model.modules():
-        if not isinstance(layer, MoELayer):
+        if not isinstance(layer, MoE):
             continue
         ids = layer.bank.experts.expert_ids
         for weight in layer.bank.experts.parameters():

@@ -14,7 +14,7 @@ from moedist.log.metrics import moe_metrics, time_metrics, train_metrics
 from moedist.log.sink.contract import Value
 from moedist.mesh import Mesh
 from moedist.mesh.meter import ExchangeMeter, measuring
-from moedist.moe.layer import MoELayer, routing_label
+from moedist.moe.layer import MoE, routing_label
 from moedist.parallel.expert_norms import ExpertNorms
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel
 from moedist.train.clock import PARTS, StepClock
@@ -41,7 +41,7 @@ class Measures:
 
     def __init__(self, config: RunConfig, mesh: Mesh, spread: SpreadModel):
         self.config, self.mesh, self.spread = config, mesh, spread
-        self.moe_layers = [module for module in spread.model.modules() if isinstance(module, MoELayer)]
+        self.moe_layers = [module for module in spread.model.modules() if isinstance(module, MoE)]
         num_layers = len(spread.model.moe_blocks)
         last_seen_LE = torch.zeros(num_layers, config.moe.num_experts, dtype=torch.int64, device=mesh.device)
         self.tally = Tally(spread.model.moe_blocks, last_seen_LE)

@@ -15,7 +15,7 @@ from moedist.moe.dispatch.contract import DispatchConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
-from moedist.moe.layer import MoEConfig, MoELayer
+from moedist.moe.layer import MoE, MoEConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def config_of(dispatch: DispatchConfig) -> MoEConfig:
     )
 
 
-def run(layer: MoELayer, x_TD: torch.Tensor, ctx: TokenContext) -> list[torch.Tensor]:
+def run(layer: MoE, x_TD: torch.Tensor, ctx: TokenContext) -> list[torch.Tensor]:
     """Output and all gradients."""
     x_TD = x_TD.clone().requires_grad_()
     layer.zero_grad()

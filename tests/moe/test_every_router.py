@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.experts.loop import LoopConfig
-from moedist.moe.layer import MoEConfig, MoELayer
+from moedist.moe.layer import MoE, MoEConfig
 from moedist.moe.plan import CapacityPlan, plan_capacity
 from moedist.moe.router.contract import RouterConfig
 from moedist.moe.router.cosine import CosineConfig
@@ -64,7 +64,7 @@ class Drawn:
     def num_tokens(self) -> int:
         return self.rows * self.length
 
-    def layer(self, name: str, **capacity: object) -> MoELayer:
+    def layer(self, name: str, **capacity: object) -> MoE:
         """A layer with this rule, which a router with a capacity of its own does without."""
         keys = {"factor": self.factor, "drop_policy": self.policy, "overflow": self.overflow, "group": self.group}
         if ROUTERS[name].has_own_capacity:
@@ -104,7 +104,7 @@ drawn_batches = st.builds(
 )
 
 
-def plan_of(layer: MoELayer, x_TD: torch.Tensor, ctx: TokenContext) -> CapacityPlan:
+def plan_of(layer: MoE, x_TD: torch.Tensor, ctx: TokenContext) -> CapacityPlan:
     return plan_capacity(layer.router(x_TD, ctx), ctx, layer.config.capacity, layer=layer.layer)
 
 

@@ -290,14 +290,14 @@ def plant(fault: str) -> Any:
 
         return mock.patch.object(GradientTable, "sum_copies", divided)
     if fault == "counts after the drop":
-        from moedist.moe.layer import MoELayer
+        from moedist.moe.layer import MoE
 
-        real_report = MoELayer.report
+        real_report = MoE.report
 
-        def after(self: MoELayer, routing: Any, plan: Any, ctx: Any) -> Any:
+        def after(self: MoE, routing: Any, plan: Any, ctx: Any) -> Any:
             return real_report(self, dataclasses.replace(routing, live_N=plan.slot_N >= 0), plan, ctx)
 
-        return mock.patch.object(MoELayer, "report", after)
+        return mock.patch.object(MoE, "report", after)
     assert fault == "missing un-permute"
     from moedist.moe.dispatch import all_to_all
 

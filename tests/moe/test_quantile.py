@@ -9,7 +9,7 @@ from torch import Tensor
 from moedist.config import ConfigError
 from moedist.moe.balance.quantile import QuantileConfig, bin_edges, quantile_of_bins
 from moedist.moe.context import TokenContext
-from moedist.moe.layer import MoEConfig, MoELayer
+from moedist.moe.layer import MoE, MoEConfig
 from moedist.moe.router.topk import TopKConfig
 from moedist.moe.token_choice import GroupLimit, best_groups, shortfall
 
@@ -67,7 +67,7 @@ def test_quantiles_of_nothing_and_of_what_lies_outside():
     assert quantile_of_bins(counted(far_TE), torch.tensor(4)).tolist() == [-16.0, 16.0]
 
 
-def skewed(config: MoEConfig) -> MoELayer:
+def skewed(config: MoEConfig) -> MoE:
     """Experts whose scores differ by far more than tokens do."""
     layer = config.build(8, dtype=torch.float64)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def batch(num_tokens: int, seed: int = 0) -> Tensor:
     return x_TD
 
 
-def max_vios(layer: MoELayer, batches: list[Tensor]) -> list[float]:
+def max_vios(layer: MoE, batches: list[Tensor]) -> list[float]:
     """MaxVio of each batch in turn, the bias moving after each."""
     found = []
     for x_TD in batches:

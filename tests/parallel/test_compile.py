@@ -12,7 +12,7 @@ from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.parallel import compile_parts
 from moedist.parallel.compile import parts_of
 from tests.ranks import Here
@@ -111,4 +111,4 @@ def test_what_is_compiled():
         assert [block.ffn.moe in parts for block in model.blocks[1:]] == expected
         assert [block.ffn.moe.router in parts for block in model.blocks[1:]] == [not whole for whole in expected]
         assert all(block.attention in parts for block in model.blocks) and model.blocks[0].ffn in parts
-        assert not any(isinstance(module, MoELayer) for part in parts for module in list(part.modules())[1:])
+        assert not any(isinstance(module, MoE) for part in parts for module in list(part.modules())[1:])

@@ -6,7 +6,7 @@ import torch
 
 from moedist.mesh import MeshConfig
 from moedist.mesh.collectives import all_sum
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.parallel.expert_norms import ExpertNorms
 from moedist.train.build import build_model
 from tests.ranks import Here
@@ -22,7 +22,7 @@ def apart(here: Here) -> list[float]:
         mesh = here.mesh_of(ep, fsdp)
         config = dataclasses.replace(CONFIG, mesh=MeshConfig(ep=ep, fsdp=fsdp))
         spread = build_model(config, 37, mesh)
-        layers = [module for module in spread.model.modules() if isinstance(module, MoELayer)]
+        layers = [module for module in spread.model.modules() if isinstance(module, MoE)]
         square_LE = ExpertNorms(layers, spread.model, spread.gradients).squares(lambda parameter: parameter)
         assert square_LE is not None
         whole = [

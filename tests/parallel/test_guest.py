@@ -194,7 +194,7 @@ def test_mistakes_are_named(ranks):
     assert "ep = 3 does not divide the 4 ranks launched" in said["ep 3"]
     assert "num_experts = 5 cannot be cut into 2 equal parts" in said["experts"]
     assert "a mesh with fsdp cuts every weight" in said["fsdp"]
-    assert "Linear holds no MoELayer" in said["none"]
+    assert "Linear holds no MoE layer" in said["none"]
     assert "wrapped already (DistributedDataParallel)" in said["wrapped"] and "wrap then" in said["wrapped"]
     assert "moe is spread already" in said["twice"]
 

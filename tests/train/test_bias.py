@@ -15,7 +15,7 @@ from moedist.mesh import Axis, Mesh
 from moedist.moe.balance.bias import BiasConfig
 from moedist.moe.balance.quantile import QuantileConfig
 from moedist.moe.balance.switch import SwitchConfig
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.moe.router.topk import TopKConfig
 from moedist.train.checkpoint import CheckpointStore
 from tests.ranks import Here
@@ -81,7 +81,7 @@ def evaluate(trainer, loader) -> None:
 
 
 def bias_of(trainer) -> torch.Tensor:
-    layers = [module for module in trainer.model.modules() if isinstance(module, MoELayer)]
+    layers = [module for module in trainer.model.modules() if isinstance(module, MoE)]
     return torch.stack([layer.router.selection_bias.clone() for layer in layers])
 
 

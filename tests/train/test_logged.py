@@ -11,7 +11,7 @@ from moedist.mesh import Mesh
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.context import TokenContext
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.moe.router.contract import Routing
 from tests.rows import flat
 from tests.train.tiny import CONFIG, LENGTH, ROWS, changed, make_trainer
@@ -54,7 +54,7 @@ def test_logged_values_are_those_of_the_whole_step(accumulation: int, recompute:
         },
     )
     trainer, log = make_trainer(config, config.data.open(), Mesh.alone()), Written()
-    layers = [module for module in trainer.model.modules() if isinstance(module, MoELayer)]
+    layers = [module for module in trainer.model.modules() if isinstance(module, MoE)]
     heard: dict[int, list[tuple[Routing, TokenContext]]] = {layer.layer: [] for layer in layers}
     for layer in layers:
         layer.router.register_forward_hook(

@@ -31,7 +31,7 @@ from moedist.mesh import Mesh
 from moedist.moe.balance.bias import BiasConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
-from moedist.moe.layer import MoELayer
+from moedist.moe.layer import MoE
 from moedist.train.run import run_rank
 from tests.parity import counted_bytes
 from tests.ranks import Here
@@ -60,7 +60,7 @@ def one_step(here: Here, folder: str) -> dict[str, Any]:
     """A step of a padded batch at EP = 4, logged; returns what this rank saw of it."""
     mesh = here.mesh_of(WORLD)
     trainer = make_trainer(CONFIG, CONFIG.data.open(), mesh)
-    layers = [module for module in trainer.model.modules() if isinstance(module, MoELayer)]
+    layers = [module for module in trainer.model.modules() if isinstance(module, MoE)]
     heard: dict[int, list[tuple[Any, Any]]] = {layer.layer: [] for layer in layers}
     plans: dict[int, list[Any]] = {layer.layer: [] for layer in layers}
     for layer in layers:
