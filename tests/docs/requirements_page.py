@@ -44,8 +44,8 @@ INTRODUCTION = """\
 
 Four earlier systems promised what this one owes: a sparse layer with a capacity limit (R0), a layer API with \
 diagnostics (R1), a mixture of attention experts (R2), and a router and layer for transformers (R3). Where they \
-disagree with each other or with the papers, C says which reading is taken; D are their defects, G the numbers to check \
-against. A row that is met in another way than it was asked says how, and why.
+disagree with each other or with the papers, C says which reading is taken; D are their defects, G the numbers to \
+check against. A row that is met in another way than it was asked says how, and why.
 
 This page is made by `python -m tests.docs.requirements_page --write`, which runs the tests of every row.
 """

@@ -12,8 +12,8 @@ from tests.docs.requirements_page import (
     SECTIONS,
     read_table,
     result_of,
-    section_of,
     rows_of_sources,
+    section_of,
     text,
     without_results,
 )
