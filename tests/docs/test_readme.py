@@ -12,6 +12,7 @@ from tests.docs.pages import ROOT, blocks, prose
 README = ROOT / "README.md"
 
 
+@pytest.mark.requirement("R3-16")
 @pytest.mark.parametrize("code", blocks(README, "python"))
 def test_python_runs(code: str):
     exec(compile(code, str(README), "exec"), {"__name__": "readme"})

@@ -45,6 +45,7 @@ def errors_of(config_class: type[Config], mapping: object) -> dict[str, str]:
     return {error.key: str(error) for error in caught.value.errors}
 
 
+@pytest.mark.requirement("R0-03")
 @given(
     st.builds(
         Leaf,
@@ -61,6 +62,7 @@ def test_config_to_yaml_to_config_is_lossless(leaf: Leaf):
     assert decode(Tree, yaml.safe_load(yaml.safe_dump(to_mapping(tree), allow_unicode=True))) == tree
 
 
+@pytest.mark.requirement("R0-03")
 def test_the_whole_default_run_is_lossless():
     assert decode(RunConfig, yaml.safe_load(yaml.safe_dump(to_mapping(RunConfig())))) == RunConfig()
 

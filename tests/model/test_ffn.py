@@ -54,6 +54,7 @@ def test_moe_is_the_runs_unless_it_brings_its_own():
     assert MoEFFNConfig(own).build(8, layer=0, moe=run, output_scale=1.0).moe.config is own
 
 
+@pytest.mark.requirement("R3-17")
 def test_moe_sees_the_rows_one_after_the_other():
     module = MoEFFNConfig().build(8, layer=0, moe=MoEConfig(num_experts=4), output_scale=1.0)
     x_BSD, context = torch.randn(2, 3, 8), TokenContext.of_rows(2, 3)

@@ -16,6 +16,7 @@ from moedist.model.norm.rmsnorm import RMSNormConfig
 from moedist.moe.layer import MoEConfig
 
 
+@pytest.mark.requirement("R3-17")
 @pytest.mark.parametrize(
     ("config", "pattern"),
     [

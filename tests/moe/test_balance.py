@@ -34,6 +34,7 @@ def with_probs(routing, probs_TE):
     return dataclasses.replace(routing, probs_TE=torch.as_tensor(probs_TE, dtype=torch.float64))
 
 
+@pytest.mark.requirement("R0-37")
 @pytest.mark.pitfall("10")
 def test_hand_value():
     """Pitfall 10: tokens [3, 2, 2, 1] / 8 and mass [.4, .3, .2, .1] give 1.15."""
@@ -42,6 +43,7 @@ def test_hand_value():
         assert switch(routing, TokenContext.of_rows(1, 8), scope).item() == pytest.approx(1.15, abs=1e-12)
 
 
+@pytest.mark.requirement("R0-41")
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("num_experts", [2, 4, 8, 7])
 def test_all_on_one_expert_gives_their_number(num_experts, scope):
@@ -49,6 +51,7 @@ def test_all_on_one_expert_gives_their_number(num_experts, scope):
     assert switch(routing, TokenContext.of_rows(2, 3), scope).item() == pytest.approx(num_experts, abs=1e-12)
 
 
+@pytest.mark.requirement("R0-40")
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_uniform_gives_1_for_any_number_of_choices(top_k, scope):
@@ -57,6 +60,7 @@ def test_uniform_gives_1_for_any_number_of_choices(top_k, scope):
     assert switch(routing_of(experts, 4), TokenContext.of_rows(2, 4), scope).item() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.requirement("R0-39", "R0-42", "R0-43")
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (2, 3)])
 def test_empty_batch_gives_0_and_a_zero_gradient(shape, scope):
@@ -70,6 +74,7 @@ def test_empty_batch_gives_0_and_a_zero_gradient(shape, scope):
     assert total.item() == 0 and (logits_TE.grad == 0).all()
 
 
+@pytest.mark.requirement("R0-38", "C6", "D4")
 @pytest.mark.pitfall("11")
 def test_counted_before_the_drop():
     """Pitfall 11: at a full expert the loss still says what was asked, and its gradient lives."""
@@ -86,6 +91,7 @@ def test_counted_before_the_drop():
     assert logits_TE.grad.abs().max() > 1e-3
 
 
+@pytest.mark.requirement("R0-38", "R0-39", "D5")
 def test_counts_carry_no_gradient_and_probabilities_do():
     logits_TE = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     ctx = TokenContext.of_rows(3, 4)

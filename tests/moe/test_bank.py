@@ -43,6 +43,7 @@ def expected_factor(plan, num_tokens, scaled):
     return torch.zeros(num_tokens, dtype=torch.float64).index_add(0, plan.token_N, factor_N)
 
 
+@pytest.mark.requirement("D6")
 @pytest.mark.parametrize("bank", BANKS)
 @pytest.mark.parametrize("factor", [1.0, None])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -70,6 +71,7 @@ def test_one_choice_with_gate_1_gives_the_input_to_the_bit(bank):
     assert torch.equal(config.build(ScalingExperts(NUM_EXPERTS, identity=True), dispatch)(x_TD, plan), x_TD)
 
 
+@pytest.mark.requirement("R0-36")
 @pytest.mark.parametrize("bank", BANKS)
 def test_a_token_without_a_kept_pair_gives_zero(bank):
     config, dispatch = BANKS[bank]

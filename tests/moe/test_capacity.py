@@ -40,6 +40,7 @@ def both(limit: Limit, num_tokens: int, top_k: int, num_experts: int, step: int 
     return value
 
 
+@pytest.mark.requirement("R3-13", "C19")
 @pytest.mark.pitfall("20")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_formulas(name):
@@ -52,6 +53,7 @@ def test_public_formulas(name):
         assert limit.of_shape(num_tokens, moe.router.top_k, num_experts) == expected
 
 
+@pytest.mark.requirement("R0-28", "G5")
 @pytest.mark.parametrize("case", GOLDEN["G5"], ids=str)
 def test_roundings(case):
     columns = {"ceil": "exact_decimal", "ceil_float32": "megatron_ds", "floor": "mesh_floor"}
@@ -61,6 +63,7 @@ def test_roundings(case):
         assert both(limit, case["tokens"], case["k"], case["E"]) == expected, rounding
 
 
+@pytest.mark.requirement("R3-13")
 def test_base_tokens_leaves_out_the_number_of_choices():
     for base, expected in (("pairs", 50), ("tokens", 25)):
         assert both(CapacityConfig(factor=2.0, base=base).limit(True), 100, 2, 8) == expected
@@ -103,6 +106,7 @@ def test_the_plan_follows_the_step():
         assert plan.kept_E.tolist() == [stay, 0, 0] and plan.capacity == 6
 
 
+@pytest.mark.requirement("R0-29")
 def test_next_best_by_hand():
     """Expert 0 has room for 2 of 4; the others go where they would go next, and from a full one on to the last."""
     scores = [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.55, 0.05, 0.4], [0.8, 0.15, 0.05]]
@@ -122,6 +126,7 @@ def test_next_best_by_hand():
     assert raw.gate_N.tolist() == pytest.approx([0.3, 0.6, 0.4, 0.8])
 
 
+@pytest.mark.requirement("R0-29", "R0-30", "R0-31", "D3")
 @settings(max_examples=80, derandomize=True, deadline=None, database=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -164,6 +169,7 @@ def test_next_best(seed, rows, num_experts, factor, policy, group, ties, data):
             assert len(mine) == top_k or not open_experts - mine - asked
 
 
+@pytest.mark.requirement("C20")
 @pytest.mark.parametrize("overflow", ["drop", "next_best"])
 def test_survivors_sum_to_one(overflow):
     """``renormalize_after_drop: one`` makes gates of a token sum to 1 whatever they summed to before."""

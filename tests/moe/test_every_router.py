@@ -108,6 +108,7 @@ def plan_of(layer: MoE, x_TD: torch.Tensor, ctx: TokenContext) -> CapacityPlan:
     return plan_capacity(layer.router(x_TD, ctx), ctx, layer.config.capacity, layer=layer.layer)
 
 
+@pytest.mark.requirement("R0-21", "R0-31", "D3")
 @pytest.mark.pitfall("16", "19")
 @each_router
 @BOUNDED

@@ -102,6 +102,7 @@ def by_formula(activation, bias):
     return experts(rows)[0], g * (part["down"].t() @ hidden + part.get("down_bias", zero))
 
 
+@pytest.mark.requirement("R0-11", "R3-11", "C1")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_row_by_the_formula(activation, bias):
@@ -150,6 +151,7 @@ def test_expanded_gradients_and_poisoned_memory(dim, hidden, dtype):
         assert value.grad.isfinite().all()
 
 
+@pytest.mark.requirement("R0-13", "D1")
 @pytest.mark.pitfall("7")
 @pytest.mark.parametrize("config", [LoopConfig, GroupedConfig])
 def test_first_values_depend_on_the_global_id_alone(config):
@@ -182,6 +184,7 @@ def test_keep_twice_goes_by_global_id():
     assert torch.equal(experts.up, before[[4, 6]])
 
 
+@pytest.mark.requirement("R0-13", "R0-14", "C22")
 def test_first_values_have_xavier_spread():
     experts = LoopConfig(hidden_dim=150, bias=True).build(50, 20)
     experts.init_weights(named_draw(0))
@@ -200,6 +203,7 @@ def test_first_values_are_the_same_in_every_dtype():
     assert torch.equal(*values)
 
 
+@pytest.mark.requirement("D1")
 def test_identical_experts_make_routing_irrelevant():
     """With gates that sum to 1, equal experts give the same output whatever the router says (seed 2's fault)."""
     from moedist.moe.context import TokenContext
@@ -228,6 +232,7 @@ def test_shared_expert_equals_a_routed_one():
     assert torch.equal(SharedExpert(experts)(rows.x_RD), experts(ones))
 
 
+@pytest.mark.requirement("R0-09", "R3-11")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_parameter_counts(activation, bias):

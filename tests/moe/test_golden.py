@@ -86,6 +86,7 @@ def test_deepspeed_gates(name):
         assert loss.item() == pytest.approx(expected["l_aux"], abs=2e-6)
 
 
+@pytest.mark.requirement("G1")
 def test_softmax_top_2_and_logsumexp():
     case, ctx = ROUTING["G1"], TokenContext.of_rows(1, 1)
     routing = route_logits(torch.tensor([case["logits"]], dtype=torch.float64), ctx, top_k=2)
@@ -97,6 +98,7 @@ def test_softmax_top_2_and_logsumexp():
     assert z_loss.item() == pytest.approx(case["logsumexp"] ** 2, abs=1e-12)
 
 
+@pytest.mark.requirement("G4", "C26")
 def test_six_tokens_with_one_and_two_choices():
     case, ctx = ROUTING["G4"], TokenContext.of_rows(1, 6)
     logits_TE = torch.tensor(case["logits"], dtype=torch.float64)
@@ -120,6 +122,7 @@ def test_six_tokens_with_one_and_two_choices():
         assert z_loss == pytest.approx(case["z_loss"], abs=1e-12)
 
 
+@pytest.mark.requirement("G6", "R0-29", "R0-30")
 @pytest.mark.parametrize("name", ["G6_k1_c2", "G6_k2_c2", "G6_k2_c3"])
 def test_token_order_drops(name):
     case, ctx = ROUTING[name], TokenContext.of_rows(1, 4)
@@ -179,6 +182,7 @@ def sine_router(num_tokens: int, dim: int, num_experts: int, frequency: float, *
     return router(x_TD, TokenContext.of_rows(1, num_tokens))
 
 
+@pytest.mark.requirement("G7")
 def test_a_whole_router():
     """G7: one expert's weights of the table, then 16 tokens, top-2 of 4, factor 2."""
     weight_4 = (0.4567 * torch.arange(4, dtype=torch.float64)).sin() * (2 / (64 + 8)) ** 0.5
@@ -194,6 +198,7 @@ def test_a_whole_router():
     assert SwitchConfig().build(4)(routing, plan, ctx).item() == pytest.approx(case["balance_loss"], abs=2e-6)
 
 
+@pytest.mark.requirement("G7")
 def test_a_whole_router_that_overflows():
     """G7: 8 tokens, top-1 of 4 experts with room for 2 each, sent on in token order."""
     case, ctx = ROUTING["G7_capacity_test"], TokenContext.of_rows(1, 8)
@@ -205,6 +210,7 @@ def test_a_whole_router_that_overflows():
     assert SwitchConfig().build(4)(routing, plan, ctx).item() == pytest.approx(case["loss_pre"], abs=1e-6)
 
 
+@pytest.mark.requirement("G10", "R2-11")
 @pytest.mark.parametrize("temperature", ROUTING["G10"])
 def test_temperature(temperature):
     """G10: logits 2, 1, 0 through the two-layer router, whose maps are the identity here."""
@@ -218,6 +224,7 @@ def test_temperature(temperature):
     assert torch.special.entr(routing.probs_TE).sum().item() == pytest.approx(case["entropy"], abs=1e-12)
 
 
+@pytest.mark.requirement("R0-32", "C14", "D2", "G14")
 def test_noise_has_the_documented_deviation():
     """G14: uniform noise on [-s, s] has s / sqrt(3) and was called gaussian; ours is what it is called."""
     case, ctx = ROUTING["G14_noise"], TokenContext.of_rows(1, 20_000)
@@ -227,6 +234,7 @@ def test_noise_has_the_documented_deviation():
     assert noise_TE.std().item() / 0.3 != pytest.approx(case["entrenar_actual_std_factor"], rel=0.1)
 
 
+@pytest.mark.requirement("G16")
 def test_zero_input():
     """G16: equal logits."""
     case, ctx = ROUTING["G16_zero_input"], TokenContext.of_rows(1, 1)
@@ -236,6 +244,7 @@ def test_zero_input():
     assert SwitchConfig().build(4)(routing, dropless(routing, ctx), ctx).item() == case["switch_form"]
 
 
+@pytest.mark.requirement("G2", "G3")
 def test_two_skewed_distributions():
     """G2 and G3: hand values, among them one below 1."""
     for f, P, value in (

@@ -53,6 +53,7 @@ def gradients(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
+@pytest.mark.requirement("R0-04", "R0-05", "R0-06", "R0-07", "R0-09", "R0-10", "R3-12", "C16")
 def test_defaults_are_the_documented_ones():
     config = MoEConfig()
     assert (config.num_experts, config.router.top_k, config.capacity.factor) == (8, 2, 1.25)
@@ -62,6 +63,7 @@ def test_defaults_are_the_documented_ones():
     assert config.capacity.min_capacity == 1 and config.capacity.renormalize_after_drop
 
 
+@pytest.mark.requirement("R0-18")
 @pytest.mark.pitfall("25")
 @pytest.mark.parametrize("dispatch", DISPATCHES.values(), ids=DISPATCHES)
 def test_two_runs_are_bitwise_equal(dispatch):
@@ -78,6 +80,7 @@ def test_two_runs_are_bitwise_equal(dispatch):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@pytest.mark.requirement("D5")
 @pytest.mark.pitfall("8")
 def test_the_balance_losses_reach_the_router():
     """Pitfall 8: without a task loss the router's gradient is coefficient x d loss, for each loss by itself."""
@@ -98,6 +101,7 @@ def test_the_balance_losses_reach_the_router():
         assert got.abs().max() > 1e-4
 
 
+@pytest.mark.requirement("C15", "D10")
 @pytest.mark.pitfall("10", "12")
 def test_values_as_logged():
     """Pitfalls 10 and 12: unscaled, the same with recomputation, and the sum of the shares of micro-batches."""
@@ -137,6 +141,7 @@ def test_values_as_logged():
             assert asked_E.tolist() == torch.bincount(routing.expert_N, minlength=4).tolist()
 
 
+@pytest.mark.requirement("C6", "D4")
 @pytest.mark.pitfall("11")
 @pytest.mark.parametrize("scope", ["global", "micro_batch", "sequence"])
 def test_a_limit_changes_no_balance_loss(scope):
@@ -190,6 +195,7 @@ def test_autocast(experts, bank):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(layer).values())
 
 
+@pytest.mark.requirement("R0-18")
 @pytest.mark.pitfall("15", "27")
 def test_evaluation_touches_nothing():
     """Property (k), pitfalls 15 and 27: bitwise repeatable, without losses; the layer is as before."""
@@ -443,6 +449,7 @@ def test_importing_the_heart_is_light():
     assert not loaded & {"hydra", "omegaconf", "wandb", "deepspeed", "pydantic", "rich", "yaml", "tokenizers"}
 
 
+@pytest.mark.requirement("R0-04", "R0-05")
 @pytest.mark.parametrize(
     ("config", "key", "said"),
     [

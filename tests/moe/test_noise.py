@@ -19,6 +19,7 @@ def draw(ctx: TokenContext, columns: int = 3, layer: int = 0, stream: int = ROUT
     return draw_uniform(ctx, columns, layer=layer, stream=stream)
 
 
+@pytest.mark.requirement("C14")
 def test_a_token_draws_the_same_in_any_row_micro_batch_and_rank():
     together = draw(context([5, 6, 7, 8])).view(4, 4, 3)
     for row, sample in enumerate([5, 6, 7, 8]):

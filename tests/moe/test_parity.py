@@ -236,6 +236,7 @@ def all_cases_hold(here: Here, ep: int, sevenths: Sequence[int]) -> dict[str, An
 WHOLE, SOME, OTHERS = range(7), (0,), (5,)
 
 
+@pytest.mark.requirement("R3-19", "R0-35")
 @pytest.mark.parametrize(
     ("world", "ep", "sevenths"),
     [

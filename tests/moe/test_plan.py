@@ -79,6 +79,7 @@ def test_slots_run_through_the_sequences_when_one_is_short():
     assert kept(plan) == [(0, 0, 0), (1, 1, 0), (2, 1, 1), (4, 0, 1), (5, 1, 2)]
 
 
+@pytest.mark.requirement("R0-30", "D3")
 @pytest.mark.pitfall("16")
 def test_padding_takes_no_slot_and_no_share():
     """Pitfall 16."""
@@ -100,6 +101,7 @@ def test_a_batch_of_padding(policy):
 
 
 # The golden's own limit may exceed the tokens; the plan's never does.
+@pytest.mark.requirement("R0-28", "G5")
 @pytest.mark.pitfall("20")
 @pytest.mark.parametrize("case", GOLDEN["G5"], ids=str)
 def test_limit_in_exact_arithmetic(case):
@@ -170,6 +172,7 @@ def test_min_capacity():
         assert plan.kept_E.tolist() == [stay, 0, 0]
 
 
+@pytest.mark.requirement("R3-14", "D19")
 def test_expert_capacity_overrides_the_factor():
     plan = plan_of([[0]] * 4, factor=None, expert_capacity=2)
     assert plan.kept_E.tolist() == [2, 0, 0]
@@ -194,6 +197,7 @@ def test_what_a_config_says_of_itself():
     assert CapacityConfig(expert_capacity=3, eval_factor=1.0).without_limit().dropless
 
 
+@pytest.mark.requirement("C20")
 def test_survivors_carry_the_sum_of_all_gates():
     gates = torch.tensor([[0.5, 0.3], [0.4, 0.2], [0.3, 0.1]], dtype=torch.float64)
     plan = plan_of([[0, 1], [0, 1], [0, 2]], gates, expert_capacity=1, drop_policy="token")
@@ -205,6 +209,7 @@ def test_survivors_carry_the_sum_of_all_gates():
     assert plain.gate_N.tolist() == pytest.approx([0.5, 0.3, 0, 0, 0, 0.1])
 
 
+@pytest.mark.requirement("C20")
 def test_rescaling_keeps_the_gradient_of_one_expert_per_token():
     gate = torch.tensor([[0.5], [0.4]], dtype=torch.float64, requires_grad=True)
     plan = plan_of([[0], [0]], gate, expert_capacity=1, drop_policy="token")
@@ -254,6 +259,7 @@ def test_errors(config, key, said):
     assert caught.value.key == key and repr(config[key]) in str(caught.value)
 
 
+@pytest.mark.requirement("R0-06")
 def test_a_factor_below_1_is_accepted_with_a_warning():
     with pytest.warns(UserWarning, match=r"moe.capacity.factor = 0.5 is below 1"):
         CapacityConfig(factor=0.5)

@@ -114,6 +114,7 @@ def routed(drawn: Drawn) -> Routing:
     )
 
 
+@pytest.mark.requirement("R0-31", "D3")
 @BOUNDED
 @given(batches())
 def test_slots_are_dense_and_within_the_limit(drawn):

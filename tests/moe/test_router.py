@@ -30,6 +30,7 @@ def test_softmax_and_renormalised_top_2():
     assert torch.equal(routing.score_TE, routing.probs_TE)
 
 
+@pytest.mark.requirement("R0-25")
 def test_pairs_stand_in_token_order_with_falling_preference():
     routing = route_logits(torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 2.0]]), context(2), top_k=3)
     assert routing.token_N.tolist() == [0, 0, 0, 1, 1, 1]
@@ -37,6 +38,7 @@ def test_pairs_stand_in_token_order_with_falling_preference():
     assert routing.pairs_per_token == 3
 
 
+@pytest.mark.requirement("R0-27")
 @pytest.mark.pitfall("24")
 @pytest.mark.parametrize(
     ("logits", "top_k", "chosen"),
@@ -54,6 +56,7 @@ def test_equal_scores_go_to_the_lowest_index(logits, top_k, chosen):
     assert routing.expert_N.view(5, top_k).tolist() == [chosen] * 5
 
 
+@pytest.mark.requirement("R0-24")
 @pytest.mark.pitfall("28")
 def test_scores_are_fp32_under_autocast_and_with_bf16_weights():
     """Pitfall 28: equal to the bit to the router that never heard of bf16."""
@@ -69,6 +72,7 @@ def test_scores_are_fp32_under_autocast_and_with_bf16_weights():
     assert router(x_TD.bfloat16(), context(6)).logits_TE.dtype == torch.float32
 
 
+@pytest.mark.requirement("D2")
 @pytest.mark.pitfall("27")
 def test_noise_leaves_inputs_logits_and_evaluation_alone():
     """Pitfall 27."""
@@ -92,6 +96,7 @@ def test_noise_has_its_standard_deviation():
     assert noise_TE.std().item() == pytest.approx(0.5 * math.sqrt(7 / 8), rel=0.02)
 
 
+@pytest.mark.requirement("R0-26", "R3-04")
 @pytest.mark.parametrize(("top_k", "renormalize", "sums_to_1"), [(1, None, False), (2, None, True), (2, False, False)])
 def test_renormalize(top_k, renormalize, sums_to_1):
     routing = route_logits(torch.tensor([LOGITS]), context(1), top_k=top_k, renormalize=renormalize)
@@ -99,6 +104,7 @@ def test_renormalize(top_k, renormalize, sums_to_1):
     assert routing.gate_N.sum().item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.requirement("C4")
 def test_one_expert_per_token_keeps_a_task_gradient_unless_renormalised():
     for renormalize, alive in ((None, True), (True, False)):
         logits = torch.tensor([LOGITS], requires_grad=True)
@@ -116,6 +122,7 @@ def test_no_tokens():
     assert routing.expert_N.shape == (0,) and routing.probs_TE.shape == (0, 4)
 
 
+@pytest.mark.requirement("R0-23", "C22")
 def test_first_values_have_xavier_spread_and_follow_the_seed():
     router = TopKConfig().build(400, 100)
     router.init_weights(named_draw(1, "layer"))
@@ -127,6 +134,7 @@ def test_first_values_have_xavier_spread_and_follow_the_seed():
     assert not torch.equal(first, router.weight)
 
 
+@pytest.mark.requirement("R0-05")
 @pytest.mark.parametrize(
     ("config", "key", "said"),
     [

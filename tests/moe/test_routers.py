@@ -44,6 +44,7 @@ def vectors(num_tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_tokens, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.requirement("R0-21", "C2")
 @pytest.mark.pitfall("16", "27", "28")
 @pytest.mark.parametrize("config", FIELD, ids=lambda config: config.kind)
 def test_every_router(config):
@@ -415,6 +416,7 @@ def test_no_router_asks_the_host_or_breaks_the_graph(config, overflow):
 GROUPED = TopKConfig(score="sigmoid", groups=GroupLimit(4, 2))
 
 
+@pytest.mark.requirement("R0-42")
 @pytest.mark.pitfall("4")
 @pytest.mark.parametrize("config", [*FIELD, GROUPED], ids=lambda config: config.kind)
 @pytest.mark.parametrize(("rows", "length"), [(0, 6), (1, 0)])

@@ -163,6 +163,7 @@ def test_dense_mode_runs_every_expert_with_its_probability():
     assert TopKConfig(mode="dense").experts_per_token(64) == 64
 
 
+@pytest.mark.requirement("C21")
 def test_no_choices_are_another_way_to_say_dense():
     logits_TE, ctx = random_logits(5, 4), TokenContext.of_rows(1, 5)
     zero, dense = (route_logits(logits_TE, ctx, **config) for config in ({"top_k": 0}, {"mode": "dense"}))
