@@ -11,13 +11,14 @@ micro-step on another number of ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moedist.moe.context import TokenContext
 
-ROUTER_NOISE, RANDOM_DROP, INPUT_JITTER, FORCED = 1, 2, 3, 4
+ROUTER_NOISE, RANDOM_DROP, INPUT_JITTER, FORCED, ATTENTION_DROP, FEATURES = 1, 2, 3, 4, 5, 6
 """Streams: draws of one name that must not be equal."""
 
 
@@ -42,15 +43,23 @@ def _mix(x: Tensor) -> Tensor:
 
 def draw_uniform(ctx: TokenContext, num_columns: int, *, layer: int, stream: int) -> Tensor:
     """[T, num_columns] fp64, uniform on the open interval (0, 1), by name."""
-    state = _mix(ctx.step + _signed(_GOLDEN * (ctx.seed + 1)))
-    for part in (layer, stream):
-        state = _mix(state + _signed(_GOLDEN * (part + 1)))
-    state_T = _mix(state + _GOLDEN * (ctx.sample_T + 1))
-    state_T = _mix(state_T + _GOLDEN * (ctx.position_T + 1))
-    column = torch.arange(1, num_columns + 1, device=state_T.device)
-    state_TN = _mix(state_T[:, None] + _GOLDEN * column)
+    return uniform_by_name(ctx.seed, ctx.step, (layer, stream, ctx.sample_T, ctx.position_T), num_columns)
+
+
+def uniform_by_name(seed: int, step: Tensor, parts: Sequence[int | Tensor], num_columns: int) -> Tensor:
+    """[..., num_columns] fp64, uniform on the open interval (0, 1), by (seed, step, parts, column).
+
+    Args:
+        step: 0-dim int64.
+        parts: the rest of the name; int64 tensors of shapes that broadcast to the leading dims.
+    """
+    state = _mix(step + _signed(_GOLDEN * (seed + 1)))
+    for part in parts:
+        state = _mix(state + (_GOLDEN * (part + 1) if isinstance(part, Tensor) else _signed(_GOLDEN * (part + 1))))
+    column = torch.arange(1, num_columns + 1, device=state.device)
+    state = _mix(state.unsqueeze(-1) + _GOLDEN * column)
     # 52 bits, because a half more than 53 of them would round to an end of the interval.
-    return (_shift(state_TN, 12).double() + 0.5) * 2.0**-52
+    return (_shift(state, 12).double() + 0.5) * 2.0**-52
 
 
 def hash_columns(id_T: Tensor, num_columns: int, key: tuple[int, ...]) -> Tensor:

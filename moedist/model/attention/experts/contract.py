@@ -43,6 +43,25 @@ class SparseEdges:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowNames:
+    """What names a query row of one expert in the whole run, beside its place: what is random there is drawn by name.
+
+    Attributes:
+        seed: the run's.
+        step: 0-dim int64: optimizer steps taken before this one.
+        layer: place of the layer in its model.
+        expert: the expert's global id.
+        sample_B: int64 global sample index of each sequence.
+    """
+
+    seed: int
+    step: Tensor
+    layer: int
+    expert: int
+    sample_B: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Sight:
     """Which keys each query row sees, and what is known about the pair.
 
@@ -55,6 +74,7 @@ class Sight:
             for one.
         mask_BHQS: bool, true where the query sees the key, or floating, added to the scores; [B or 1, H or 1, Q, S].
         edges: features of the pairs, [B, Q, S, d_e] or `SparseEdges`; None for none.
+        names: of the rows, for what is random; None where a generator's state will do.
     """
 
     causal: bool = False
@@ -63,6 +83,7 @@ class Sight:
     document_BS: Tensor | None = None
     mask_BHQS: Tensor | None = None
     edges: Tensor | SparseEdges | None = None
+    names: RowNames | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -162,7 +183,23 @@ class Attended(NamedTuple):
 
 
 class AttentionExpert(nn.Module):
-    """The base of every attention expert."""
+    """The base of every attention expert.
+
+    Attributes:
+        site: what it was built for.
+    """
+
+    site: ExpertSite
+
+    @property
+    def num_parameters(self) -> int:
+        """Its parameters; buffers are none."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def output_dim(self) -> int:
+        """Width of its output (D)."""
+        return self.site.dim
 
     def forward(
         self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, sight: Sight, *, need_weights: bool = False
@@ -175,7 +212,8 @@ class AttentionExpert(nn.Module):
             need_weights: whether to return the weights, which takes B H Q S numbers.
 
         Raises:
-            ValueError: ``sight`` has what this kind cannot do (a mask, edges), with the remedy.
+            ValueError: ``sight`` has what this kind cannot do (a mask), with the remedy. Edges are left aside by kinds
+                that have no use for them: they are features, and hide nothing.
         """
         raise NotImplementedError
 
