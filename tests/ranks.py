@@ -50,17 +50,36 @@ class Here:
 
     rank: int
     world: int
+    _meshes: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict)
+    _lasting: set[Any] = dataclasses.field(default_factory=set)
 
-    @functools.cache  # noqa: B019 - lives as long as its process
     def mesh_of(self, ep: int, fsdp: int | None = None, ranks_per_node: int | None = None) -> Any:
-        """The mesh of these sizes on the CPU. Cached: sub-groups cost time. Call it on all ranks alike."""
+        """The mesh of these sizes on the CPU. Kept for later jobs: sub-groups cost time. Call it on all ranks alike."""
         import torch
 
         from moedist.mesh.mesh import grid
 
-        return grid(self.world, ep, torch.device("cpu"), fsdp=fsdp, ranks_per_node=ranks_per_node)
+        sizes = (ep, fsdp, ranks_per_node)
+        if sizes not in self._meshes:
+            before = self._groups()
+            self._meshes[sizes] = grid(self.world, ep, torch.device("cpu"), fsdp=fsdp, ranks_per_node=ranks_per_node)
+            self._lasting |= self._groups() - before
+        return self._meshes[sizes]
 
-    __hash__ = object.__hash__
+    def leave_groups(self) -> None:
+        """Ends the process groups that a job has made. Each gloo group has a thread that wakes a hundred times a
+        second: hundreds of forgotten ones take the cores from everybody."""
+        import torch.distributed as dist
+
+        for group in self._groups() - self._lasting - {dist.group.WORLD}:
+            dist.destroy_process_group(group)
+
+    @staticmethod
+    def _groups() -> set[Any]:
+        """All process groups of this rank."""
+        import torch.distributed as dist
+
+        return set(dist.distributed_c10d._world.pg_map)
 
 
 class RankPool:
@@ -197,6 +216,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
                 answer = pickle.dumps((True, function(here, *args, **kwargs)))
             except BaseException:
                 answer = pickle.dumps((False, traceback.format_exc()))
+            here.leave_groups()
             faulthandler.cancel_dump_traceback_later()
             pipe.send_bytes(answer)
     dist.destroy_process_group()
