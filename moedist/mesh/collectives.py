@@ -96,6 +96,37 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     return gathered
 
 
+def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
+    """[...]: the sum over the axis of every rank's ``tensor[rank]``, of [size, ...]. Not differentiable."""
+    if axis.group_name is None:
+        return tensor[0].clone()
+    total = torch.empty_like(tensor[0])
+    dist.reduce_scatter(total, list(tensor.contiguous().unbind(0)), group=axis.group)
+    return total
+
+
+class _GatheredBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+        ctx.axis = axis
+        return x.view_as(x), all_gather(own, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_x, reduce_scatter(grad, ctx.axis), None
+
+
+def gather_beside(x: Tensor, own: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """``x`` as it is, and [size, ...]: every rank's ``own`` (of one shape). Differentiable: a rank's gradient of its
+    ``own`` is the sum over the axis of all ranks' gradients of it.
+
+    ``x`` goes along so that backward meets other exchanges in one order on all ranks: what comes before ``x`` waits for
+    this one.
+    """
+    gathered: tuple[Tensor, Tensor] = _GatheredBeside.apply(x, own, axis)
+    return gathered
+
+
 def broadcast_json(value: Any, axis: Axis, device: torch.device) -> Any:
     """Rank 0's ``value`` on every rank. Travels as JSON bytes: torch's object collectives unpickle what they get."""
     if axis.group_name is None:

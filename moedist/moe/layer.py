@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from moedist.config import Config, ConfigError, require
 from moedist.mesh import Axis
-from moedist.mesh.collectives import all_sum
-from moedist.moe.balance.contract import BalanceBias, BalanceConfig, BalanceLoss, per_token
+from moedist.moe.balance.contract import BalanceConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.bank.contract import BankConfig
@@ -27,9 +24,10 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import SharedExpert
 from moedist.moe.init import Draw, below, named_draw
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityPlan, plan_capacity
-from moedist.moe.report import CountedMass, MoEReport
-from moedist.moe.router.contract import RouterConfig, Routing
+from moedist.moe.plan import plan_capacity
+from moedist.moe.report import MoEReport
+from moedist.moe.routed import RoutedLayer, check_routing
+from moedist.moe.router.contract import RouterConfig
 from moedist.moe.router.topk import TopKConfig
 
 
@@ -70,22 +68,7 @@ class MoEConfig(Config):
             "is no width",
             "Set it to 1 or more, or to null for no shared expert.",
         )
-        try:
-            router = self.router.build(1, self.num_experts, device="meta")
-        except ConfigError as error:
-            raise error.under("router") from None
-        require(
-            not self.router.has_own_capacity or self.capacity.dropless,
-            "capacity.factor",
-            self.capacity.factor,
-            f"comes on top of the capacity that the router {self.router.kind} has itself",
-            f"Set moe.capacity.factor to null; moe.router.factor of {self.router.kind} bounds the load.",
-        )
-        for name, balance in self.balance.items():
-            try:
-                balance.check(router)
-            except ConfigError as error:
-                raise error.under(f"balance.{name}") from None
+        check_routing(self)
 
     def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
         """Raises `ConfigError` where the layer cannot be spread.
@@ -135,8 +118,10 @@ class MoEOutput:
     report: MoEReport
 
 
-class MoE(nn.Module):
+class MoE(RoutedLayer):
     """Router, plan, bank, report. Written for one device; `spread` moves the bank's experts over ranks."""
+
+    config: MoEConfig
 
     def __init__(
         self,
@@ -146,16 +131,9 @@ class MoE(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
-        super().__init__()
-        self.config, self.layer, self.dp = config, layer, Axis("dp")
-        self.router = config.router.build(dim, config.num_experts, layer=layer, device=device, dtype=dtype)
+        super().__init__(config, dim, layer, device, dtype)
         experts = config.experts.build(dim, config.num_experts, device=device, dtype=dtype)
         self.bank = config.bank.build(experts, config.dispatch)
-        methods = {name: method.build(config.num_experts) for name, method in config.balance.items()}
-        self.losses = nn.ModuleDict({name: part for name, part in methods.items() if isinstance(part, BalanceLoss)})
-        self.bias_rules = nn.ModuleDict({n: part for n, part in methods.items() if isinstance(part, BalanceBias)})
-        if self.bias_rules:
-            self.router.add_selection_bias()
         self.shared: SharedExpert | None = None
         if config.shared_hidden_dim is not None:
             shared = LoopConfig(
@@ -174,73 +152,10 @@ class MoE(nn.Module):
             out_TD = out_TD + self.shared(x_TD)
         return MoEOutput(out_TD, self.report(routing, plan, ctx))
 
-    def report(self, routing: Routing, plan: CapacityPlan, ctx: TokenContext) -> MoEReport:
-        """Balance losses in training only; counts and entropy always."""
-        losses, pooled, coefficients, counts = {}, {}, {}, {}
-        for name, loss in self.losses.items() if ctx.training else ():
-            assert isinstance(loss, BalanceLoss)
-            scope_counts, part = None, loss.count(routing, ctx)
-            if part is not None:
-                counts[name] = all_sum(part, self.dp)
-                scope_counts = ctx.counts.over_scope((self.layer, name), counts[name], loss.config.needs_whole_step)
-            share = loss(routing, plan, ctx, scope_counts)
-            coefficients[name] = loss.coefficient(ctx)
-            if isinstance(share, CountedMass):
-                pooled[name] = share
-            else:
-                losses[name] = share
-        with torch.no_grad():
-            observed = self.observe(routing, ctx) if ctx.training else {}
-            entropy_T = torch.special.entr(routing.probs_TE).sum(1).masked_fill(~ctx.valid_T, 0)
-            top_T = routing.probs_TE.amax(1).masked_fill(~ctx.valid_T, 0)
-            largest = max(math.log(self.config.num_experts), 1e-30)
-            return MoEReport(
-                layer=self.layer,
-                losses=losses,
-                coefficients=coefficients,
-                pooled=pooled,
-                counts=counts,
-                observed=observed,
-                router_entropy=per_token(entropy_T.sum(), ctx) / largest,
-                top_probability=per_token(top_T.sum(), ctx),
-                room=plan.room,
-                asked_E=plan.asked_E,
-                kept_E=plan.kept_E,
-                dropped_ME=plan.dropped_ME,
-            )
-
-    @property
-    def needs_whole_step(self) -> bool:
-        """Whether a balance loss asks for the counts of the whole step (`StepCounts.whole`)."""
-        return any(loss.config.needs_whole_step for loss in self.losses.children() if isinstance(loss, BalanceLoss))
-
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:
         """Keeps this rank's experts; rows travel over ``ep``, global counts over ``dp`` from now on."""
         self.bank.spread(placement, ep)
         self.dp = dp
-
-    def observe(self, routing: Routing, ctx: TokenContext) -> dict[str, Tensor]:
-        """What the rules for the selection bias must know of this micro-batch, by name."""
-        seen = {name: rule.observe(self.router, routing, ctx) for name, rule in self._rules()}
-        return {name: part for name, part in seen.items() if part is not None}
-
-    @torch.no_grad()
-    def move_bias(self, load_E: Tensor, observed: Mapping[str, Tensor] | None = None) -> None:
-        """Moves the selection bias by every rule; called once per optimizer step, with the sums of the whole global
-        batch.
-
-        Args:
-            load_E: int64 pairs asked of each expert, before any limit.
-            observed: `MoEReport.observed`; None where no rule observes anything.
-        """
-        for name, rule in self._rules():
-            assert self.router.selection_bias is not None
-            self.router.selection_bias.copy_(rule(self.router.selection_bias, load_E, (observed or {}).get(name)))
-
-    def _rules(self) -> Iterator[tuple[str, BalanceBias]]:
-        for name, rule in self.bias_rules.items():
-            assert isinstance(rule, BalanceBias)
-            yield name, rule
 
     def init_weights(self, draw: Draw) -> None:
         """Fills router, experts (by global id) and shared expert from named draws."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moedist.mesh import collectives  # noqa: F401 - defines moedist::all_to_all
+from moedist.model.attention.bank import AttentionBank
 from moedist.model.attention.contract import Attention
 from moedist.moe.bank.contract import Bank
 
@@ -49,7 +50,7 @@ def recompute_in_backward(model: nn.Module, what: Recompute) -> None:
     if what == "selective":
         contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)}
     for module in model.modules():
-        if isinstance(module, (Attention, Bank)):
+        if isinstance(module, (Attention, AttentionBank, Bank)):
             # Not a wrapper around the module: its names, and what hooks see, stay as they are.
             again = functools.partial(checkpoint, module.forward, use_reentrant=False, **contexts)
             module.forward = again  # type: ignore[method-assign]

@@ -7,24 +7,36 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moedist.mesh import Mesh
+from moedist.model.attention.bank import ONE_PASS, Passes
+from moedist.model.attention.mixture import AttentionMixture
 from moedist.moe.layer import MoE
 from moedist.moe.placement import Placement
 from moedist.parallel.fully_shard import shard_weights
 from moedist.parallel.gradients import GradientTable, ParameterSpread, Role
 
+FSDP_GATHERS = "mesh.fsdp cuts every weight over its ranks and gathers it where it is used"
+
 
 def spread(
-    model: nn.Module, mesh: Mesh, *, compute_dtype: torch.dtype | None = None, offload: bool = False
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    offload: bool = False,
+    passes: Passes = ONE_PASS,
+    alike: str | None = None,
 ) -> GradientTable:
     """Shards the experts of every MoE layer over ``mesh.ep``, in place, and where ``mesh.fsdp`` says so every weight.
 
     The experts' weights become DTensors cut along their first dim, so that a checkpoint knows them by global id;
-    compute sees this rank's part. Works on the meta device: spread first, give storage and values afterwards.
+    compute sees this rank's part. Attention experts, which are unlike modules, are a rank's own under names with their
+    global ids, or lie on every rank. Works on the meta device: spread first, give storage and values afterwards.
 
     Args:
         model: whole, on one device or meta.
         mesh: the ranks.
         compute_dtype, offload: with ``mesh.fsdp``, see `moedist.parallel.fully_shard.shard_weights`.
+        passes, alike: what `AttentionMixture.spread` chooses by; ``mesh.fsdp`` is a reason of its own.
 
     Raises:
         ConfigError: a layer cannot be spread over this many ranks.
@@ -38,6 +50,15 @@ def spread(
         _shard(layer.bank.experts, mesh)
         role_of |= dict.fromkeys(layer.bank.experts.parameters(), "experts")
         role_of |= dict.fromkeys(layer.router.parameters(), "router")
+    whole: set[nn.Parameter] = set()
+    if mesh.fsdp is not None:
+        alike = FSDP_GATHERS
+    for mixture in [module for module in model.modules() if isinstance(module, AttentionMixture)]:
+        mixture.spread(mesh.ep, mesh.dp, passes, alike)
+        role_of |= dict.fromkeys(mixture.bank.experts.parameters(), "experts")
+        role_of |= dict.fromkeys(mixture.router.parameters(), "router")
+        whole |= set() if mixture.bank.sharded else set(mixture.bank.experts.parameters())
+    replicated = {name for name, parameter in model.named_parameters() if parameter in whole}
     roles = {n: role_of.get(p, "other") for n, p in model.named_parameters() if p.requires_grad}
     uncut = None
     if mesh.fsdp is not None:
@@ -46,7 +67,7 @@ def spread(
     def of(name: str, role: Role) -> ParameterSpread:
         if mesh.fsdp is not None and uncut is not None and name not in uncut:
             return ParameterSpread(role, copies=mesh.fsdp.copies, pieces=mesh.fsdp.pieces, summed_in_backward=True)
-        if role == "experts":
+        if role == "experts" and name not in replicated:
             return ParameterSpread(role, copies=mesh.edp, pieces=mesh.ep)
         return ParameterSpread(role, copies=mesh.dp, pieces=None)
 
