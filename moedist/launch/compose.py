@@ -163,7 +163,7 @@ def _settle(composed: DictConfig) -> Composed:
 def with_layers_completed(composed: DictConfig) -> DictConfig:
     """Fills up the MoE layers of single blocks: what such a ``moe`` leaves out is the run's own ``moe``, so that a
     block names only what differs (``{ffn: {kind: moe, moe: {capacity: {factor: 2.0}}}}``). A part of another kind is
-    not mixed with the run's.
+    not mixed with the run's. ``{balance: {switch: null}}`` leaves one way to balance out, ``{balance: {}}`` all.
     """
     plain = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
 
@@ -173,8 +173,15 @@ def with_layers_completed(composed: DictConfig) -> DictConfig:
         if not isinstance(value, dict):
             return value
         completed = {key: complete(inner) for key, inner in value.items()}
-        if isinstance(completed.get("moe"), dict):
-            completed["moe"] = _changed(plain["moe"], completed["moe"])
+        own = completed.get("moe")
+        if isinstance(own, dict):
+            completed["moe"] = moe = _changed(plain["moe"], own)
+            # The block of a saved run is whole already: what it lacks was left out there.
+            if own.keys() >= plain["moe"].keys():
+                moe["balance"] = own["balance"]
+            elif isinstance(own.get("balance"), dict):
+                methods = moe["balance"].items() if own["balance"] else ()
+                moe["balance"] = {name: method for name, method in methods if method is not None}
         return completed
 
     return OmegaConf.create({**plain, "model": complete(plain["model"])})

@@ -30,7 +30,7 @@ class CapacityConfig(Config):
         final_factor: the factor from step ``factor_steps`` on, reached on a straight line; None for a constant. Both
             ends are then taken to three decimals, so that int64 holds every product.
         factor_steps: length of that line in optimizer steps.
-        expert_capacity: a fixed limit per group instead of the factor's.
+        expert_capacity: a fixed limit per group in place of every factor's, in evaluations too; None for the factor's.
         eval_factor: the factor of evaluations during training; ``train`` for the same.
         min_capacity: lower bound of the limit.
         base: what an even share is a share of: ``pairs`` (``t * K / E``) or ``tokens`` (``t / E``; Switch, GShard,
@@ -102,6 +102,20 @@ class CapacityConfig(Config):
             "needs a factor to start from, and exact rounding",
             "Set moe.capacity.factor, and rounding to ceil or floor; or leave final_factor at null.",
         )
+        unused = self.factors_without_effect()
+        if unused:
+            warnings.warn(
+                f"moe.capacity.expert_capacity = {self.expert_capacity} is the limit in training and in evaluation: "
+                f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect.",
+                stacklevel=2,
+            )
+
+    def factors_without_effect(self) -> list[str]:
+        """The keys below ``moe.capacity`` that say something else than a fixed ``expert_capacity`` does."""
+        if self.expert_capacity is None:
+            return []
+        silent = {"factor": type(self).factor, "final_factor": None, "eval_factor": "train"}
+        return [f"{key} = {getattr(self, key)}" for key, default in silent.items() if getattr(self, key) != default]
 
     def limit(self, training: bool) -> Limit | None:
         """The rule in force; None where nothing is dropped."""

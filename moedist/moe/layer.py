@@ -23,6 +23,7 @@ from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import SharedExpert
 from moedist.moe.init import Draw, below, named_draw
+from moedist.moe.noise import dropped_out
 from moedist.moe.placement import Placement
 from moedist.moe.plan import plan_capacity
 from moedist.moe.report import MoEReport
@@ -48,6 +49,7 @@ class MoEConfig(Config):
         router, capacity, dispatch, experts, bank: the layer's parts; see each.
         balance: losses by name; a layer may have several, or none.
         shared_hidden_dim: width of an expert that every token runs through beside the routed ones; None for none.
+        dropout: share of the output's elements, of routed and shared experts together, that training sets to 0.
     """
 
     num_experts: int = 8
@@ -58,6 +60,7 @@ class MoEConfig(Config):
     bank: BankConfig = dataclasses.field(default_factory=DispatchedConfig)
     balance: dict[str, BalanceConfig] = dataclasses.field(default_factory=_default_balance)
     shared_hidden_dim: int | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.num_experts >= 1, "num_experts", self.num_experts, "is no expert", "Set it to 1 or more.")
@@ -68,6 +71,7 @@ class MoEConfig(Config):
             "is no width",
             "Set it to 1 or more, or to null for no shared expert.",
         )
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "is no share to drop", "Set it in [0, 1); 0 for none.")
         check_routing(self)
 
     def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
@@ -150,6 +154,7 @@ class MoE(RoutedLayer):
         out_TD = self.bank(x_TD, plan).to(x_TD.dtype)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
+        out_TD = dropped_out(out_TD, self.config.dropout, ctx, layer=self.layer)
         return MoEOutput(out_TD, self.report(routing, plan, ctx))
 
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moedist.moe.context import TokenContext
 
-ROUTER_NOISE, RANDOM_DROP, INPUT_JITTER, FORCED, ATTENTION_DROP, FEATURES = 1, 2, 3, 4, 5, 6
+ROUTER_NOISE, RANDOM_DROP, INPUT_JITTER, FORCED, ATTENTION_DROP, FEATURES, OUTPUT_DROP = 1, 2, 3, 4, 5, 6, 7
 """Streams: draws of one name that must not be equal."""
 
 
@@ -60,6 +60,15 @@ def uniform_by_name(seed: int, step: Tensor, parts: Sequence[int | Tensor], num_
     state = _mix(state.unsqueeze(-1) + _GOLDEN * column)
     # 52 bits, because a half more than 53 of them would round to an end of the interval.
     return (_shift(state, 12).double() + 0.5) * 2.0**-52
+
+
+def dropped_out(x_TD: Tensor, share: float, ctx: TokenContext, *, layer: int) -> Tensor:
+    """Dropout by name (Srivastava et al. 2014): ``share`` of the elements are 0, the others ``1 / (1 - share)`` times
+    what they were; ``x_TD`` itself outside of training."""
+    if share == 0 or not ctx.training:
+        return x_TD
+    kept_TD = draw_uniform(ctx, x_TD.shape[1], layer=layer, stream=OUTPUT_DROP) >= share
+    return torch.where(kept_TD, x_TD / (1 - share), 0)
 
 
 def hash_columns(id_T: Tensor, num_columns: int, key: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moedist.config import ConfigError, require
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_sum
-from moedist.moe.balance.contract import BalanceBias, BalanceConfig, BalanceLoss, per_token
+from moedist.moe.balance.contract import BalanceBias, BalanceConfig, BalanceLoss, SelectionBiasConfig, per_token
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
@@ -62,6 +62,21 @@ def check_routing(rules: RoutingRules) -> None:
             balance.check(router)
         except ConfigError as error:
             raise error.under(f"balance.{name}") from None
+    check_bias_rules(rules.balance)
+
+
+def check_bias_rules(balance: Mapping[str, BalanceConfig]) -> None:
+    """A rule that finds the whole selection bias leaves nothing to others."""
+    rules = {name: rule for name, rule in balance.items() if isinstance(rule, SelectionBiasConfig)}
+    for name, rule in rules.items():
+        others = [other for other in rules if other != name]
+        require(
+            not (rule.finds_whole_bias and others),
+            f"balance.{name}",
+            rule.kind,
+            f"finds the whole selection bias in each step, and {', '.join(others)} would move it again",
+            f"Leave one out: {' or '.join(f'~moe.balance.{each}' for each in (name, *others))}.",
+        )
 
 
 class RoutedLayer(nn.Module):

@@ -76,11 +76,19 @@ def rows_of_sources() -> dict[str, list[str]]:
     """Row -> node ids, read from the sources: a run may have collected a part of the tests only."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for row in dict.fromkeys([*named_rows(node.name), *marked_rows(node)]):
-                    found[row].append(f"{path.relative_to(ROOT).as_posix()}::{node.name}")
+        for name, node in tests_in(ast.parse(path.read_text())):
+            for row in dict.fromkeys([*named_rows(node.name), *marked_rows(node)]):
+                found[row].append(f"{path.relative_to(ROOT).as_posix()}::{name}")
     return found
+
+
+def tests_in(parent: ast.Module | ast.ClassDef) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Tests of a module and of its classes, by their names below it: ``test_a``, ``TestB::test_c``."""
+    for node in parent.body:
+        if isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}::{name}", test) for name, test in tests_in(node))
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node.name, node
 
 
 def named_rows(test: str) -> list[str]:
@@ -107,10 +115,11 @@ def read_results(junit: Path) -> dict[str, list[str]]:
     """Node id without parameters -> how each of its cases ended: ``pass``, ``fail`` or ``skip``."""
     ends: dict[str, list[str]] = defaultdict(list)
     for case in ElementTree.parse(junit).iter("testcase"):
-        file = case.attrib["classname"].replace(".", "/") + ".py"
+        module, _, classes = re.fullmatch(r"([\w.]*?test_\w+)(\.(.+))?", case.attrib["classname"]).groups()
+        place = "::".join([module.replace(".", "/") + ".py", *(classes or "").split(".")]).rstrip(":")
         tags = {child.tag for child in case}
         end = "fail" if tags & {"failure", "error"} else "skip" if "skipped" in tags else "pass"
-        ends[f"{file}::{case.attrib['name'].partition('[')[0]}"].append(end)
+        ends[f"{place}::{case.attrib['name'].partition('[')[0]}"].append(end)
     return ends
 
 
@@ -154,7 +163,7 @@ def section_of(row: str) -> str:
 
 def link(test: str) -> str:
     """A test as a link to its file."""
-    file, _, name = test.partition("::")
+    file, *_, name = test.split("::")
     return f"[{name.removeprefix('test_')}](../{file})"
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from moedist.launch.choices import list_choices
 from moedist.launch.compose import conf_folder
+from moedist.moe.balance import switch
 from moedist.moe.balance.contract import BalanceConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.router.contract import RouterConfig
@@ -49,3 +50,9 @@ def test_every_preset_has_a_row():
 def test_every_policy_has_a_row():
     for policy in typing.get_args(typing.get_type_hints(CapacityConfig)["drop_policy"]):
         assert f"\n| `{policy}` |" in TEXT
+
+
+def test_R0_45_sources_are_named():
+    for source in ("Shazeer et al. 2017", "GShard, Lepikhin et al. 2021", "Switch, Fedus et al. 2022"):
+        assert source in TEXT
+    assert "Fedus et al. 2022" in (switch.__doc__ or "") and "Lepikhin\n" in (CapacityConfig.__doc__ or "")

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from moedist.config import ConfigError
 from moedist.launch.choices import exported_choice, find_choice, is_contract, list_choices
+from moedist.launch.compose import find_groups
 from moedist.log.sink.contract import SinkConfig
 from moedist.moe.router.contract import RouterConfig
 from moedist.moe.router.topk import TopKConfig
@@ -57,3 +60,22 @@ def test_a_module_with_two_configs_is_its_authors_mistake():
     with pytest.raises(TypeError, match="AConfig, BConfig"):
         exported_choice(module, RouterConfig)
     assert exported_choice(sys.modules["moedist.moe.router.contract"], RouterConfig) is None
+
+
+def unfinished(of: type) -> list[str]:
+    """Methods that a class has only as a promise of its contract."""
+    functions = [(name, value) for name, value in inspect.getmembers(of, inspect.isfunction)]
+    return [name for name, value in functions if value.__code__.co_names == ("NotImplementedError",)]
+
+
+def test_R3_06_every_choice_is_finished():
+    """Every choice's config, and every module class beside it that nothing else derives from."""
+    assert unfinished(RouterConfig) == ["build_at", "experts_per_token"]
+    for group in find_groups():
+        for choice in list_choices(group.base).values():
+            assert not unfinished(choice), choice
+            module = sys.modules[choice.__module__]
+            for value in vars(module).values():
+                if inspect.isclass(value) and issubclass(value, nn.Module) and not value.__subclasses__():
+                    # Only routers with a selection bias are asked for a shortfall.
+                    assert unfinished(value) in ([], ["shortfall"]), value

@@ -79,6 +79,17 @@ def test_what_a_block_leaves_out_is_the_run_s():
     assert run.capacity.factor == 2.0
 
 
+def test_a_block_can_leave_ways_to_balance_out():
+    composed = listed(
+        "{balance: {}}", "{balance: {switch: null}}", "{balance: {switch: {coefficient: 0.5}, z_loss: null}}", "{}"
+    )
+    found = [spec.ffn.moe.balance for spec in composed.config.model.layers.blocks]
+    assert [list(balance) for balance in found] == [[], ["z_loss"], ["switch"], ["switch", "z_loss"]]
+    assert found[2]["switch"].coefficient == 0.5
+    again = compose_onto(composed.mapping)
+    assert [spec.ffn.moe.balance for spec in again.config.model.layers.blocks] == found
+
+
 def test_the_file_that_ranks_read_holds_each_layer_whole():
     composed = listed("{capacity: {factor: 3.0}}", "{}", overrides=("moe=switch",))
     assert decode_saved(composed.mapping) == composed.config

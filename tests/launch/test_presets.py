@@ -246,5 +246,9 @@ def test_a_bias_is_refused_by_presets_of_softmax_routers(rule: str):
         elif name == "expert_choice":
             with pytest.raises(ConfigError, match="has no selection"):
                 compose(overrides)
+        elif rule == "quantile" and "bias" in methods:
+            with pytest.raises(ConfigError, match="Leave one out: ~moe.balance.quantile or ~moe.balance.bias"):
+                compose(overrides)
+            assert "bias" not in compose([*overrides, "~moe.balance.bias"]).config.moe.balance
         else:
             compose(overrides)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from moedist.config import ConfigError
-from moedist.moe.balance.importance import ImportanceConfig
+from moedist.moe.balance.importance import ImportanceConfig, squared_cv
 from moedist.moe.balance.load import LoadConfig
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
@@ -263,3 +265,73 @@ def test_two_passes_are_for_counts_of_all_ranks(config, scope):
 def test_errors():
     with pytest.raises(ConfigError, match="coefficient = -0.01 rewards imbalance. Set it to 0"):
         SwitchConfig(coefficient=-0.01)
+
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "routing.json").read_text())
+
+
+def six_tokens(top_k: int = 2):
+    """G4."""
+    ctx = TokenContext.of_rows(1, 6)
+    return route_logits(torch.tensor(GOLDEN["G4"]["logits"], dtype=torch.float64), ctx, top_k=top_k), ctx
+
+
+def test_C5_the_full_softmax():
+    """Rescaled weights in the place of P, or gates in the place of both, would give other values."""
+    routing, ctx = six_tokens()
+    share_E = torch.bincount(routing.expert_N, minlength=4).double() / 12
+    gate_TE = torch.zeros(6, 4).double().scatter(1, routing.expert_N.view(6, 2), routing.gate_N.view(6, 2))
+    values = {
+        "loss_top2_switch": switch(routing, ctx).item(),
+        "loss_top2_rescaled_weights": 4 * (share_E * gate_TE.mean(0)).sum().item(),
+        "loss_top2_sparse_gates": 4 * gate_TE.mean(0).square().sum().item(),
+    }
+    for name, value in values.items():
+        assert value == pytest.approx(GOLDEN["G4"][name], abs=1e-12), name
+
+
+@pytest.mark.requirement("C13", "G2")
+def test_C7_the_balanced_value_is_1():
+    """0.25 for four experts is the product before it is multiplied by their number, and so is a reported 0.253."""
+    case, ctx = GOLDEN["G2"], TokenContext.of_rows(1, 8)
+    even = routing_of([[token % 4] for token in range(8)], 4)
+    assert switch(even, ctx).item() == case["balanced4"] == 4 * case["balanced4_dot"]
+    for num_experts in (4, 8):
+        probs = [[1.0] + [0.0] * (num_experts - 1)] * 8
+        collapsed = with_probs(routing_of([[0]] * 8, num_experts), probs)
+        assert switch(collapsed, ctx).item() == case[f"collapse{num_experts}"]
+    for prefix in ("", "imbalanced_"):
+        assert case[f"{prefix}loss"] == pytest.approx(4 * case[f"{prefix}dot"], abs=1e-12)
+
+
+@pytest.mark.requirement("R0-40", "G3")
+@pytest.mark.parametrize("num_experts", [2, 4, 8])
+def test_C8_1_is_no_lower_bound(num_experts):
+    """N + 1 of 2 N tokens are undecided, and go to the first expert; each other expert has one that is sure of it."""
+    undecided, sure = torch.zeros(num_experts + 1, num_experts), 1e4 * torch.eye(num_experts)[1:]
+    ctx = TokenContext.of_rows(1, 2 * num_experts)
+    loss = switch(route_logits(torch.cat([undecided, sure]).double(), ctx, top_k=1), ctx).item()
+    assert loss == pytest.approx(GOLDEN["G3"]["infimum_top1_family"][str(num_experts)], abs=1e-12)
+    assert loss == pytest.approx(1 - (num_experts - 1) / (4 * num_experts), abs=1e-12)
+
+
+@pytest.mark.requirement("G11")
+def test_D11_the_coefficient_acts_once_on_the_switch_form():
+    """Even use gives 0.01, collapse to one of four 0.04; applied twice it would be 0.0001."""
+    case, ctx = GOLDEN["G11"], TokenContext.of_rows(1, 8)
+    layer = MoEConfig(num_experts=4, balance={"switch": SwitchConfig()}).build(4, dtype=torch.float64)
+    collapsed = with_probs(routing_of([[2]] * 8, 4), [[0.0, 0.0, 1.0, 0.0]] * 8)
+    for routing, name in ((routing_of([[t % 4] for t in range(8)], 4), "uniform"), (collapsed, "collapse")):
+        report = layer.report(routing, dropless(routing, ctx), ctx)
+        assert pack_reports([report]).objective().item() == pytest.approx(case[name], abs=1e-12)
+
+
+@pytest.mark.requirement("G12")
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_D13_equal_counts_have_no_variation(top_k):
+    """For any number of choices: counts are compared with their mean, not with the number of tokens."""
+    case = GOLDEN["G12"]
+    assert squared_cv(torch.tensor([case["counts"]], dtype=torch.float64)).item() == case["value"]
+    routing = routing_of([[(t + k) % 4 for k in range(top_k)] for t in range(8)], 4)
+    ctx = TokenContext.of_rows(1, 8)
+    assert ImportanceConfig().build(4)(routing, dropless(routing, ctx), ctx).item() == case["value"]

@@ -247,3 +247,14 @@ def test_parameter_counts(activation, bias):
 def test_errors():
     with pytest.raises(ConfigError, match="hidden_dim = 0 is no width. Set it to 1 or more, or to null"):
         GroupedConfig(hidden_dim=0)
+
+
+@pytest.mark.parametrize("config", [LoopConfig, GroupedConfig])
+def test_R0_17_relu_cuts_off_all_that_is_negative(config):
+    """Then the output is the second bias, to the bit."""
+    experts = config(hidden_dim=16, activation="relu", bias=True).build(8, 2)
+    with torch.no_grad():
+        experts.up.zero_(), experts.up_bias.fill_(-1), experts.down.fill_(3), experts.down_bias.fill_(42)
+    rows = rows_of((3, 2), 8)
+    y_RD = experts(Rows(rows.x_RD, torch.ones(5), rows.sizes, rows.ends_e))
+    assert torch.equal(y_RD, torch.full((5, 8), 42.0))

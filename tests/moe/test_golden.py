@@ -11,8 +11,13 @@ import torch
 
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
+from moedist.moe.bank.dispatched import DispatchedConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
+from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.experts.grouped import GroupedConfig
+from moedist.moe.experts.loop import LoopConfig
+from moedist.moe.layer import MoEConfig
 from moedist.moe.plan import plan_capacity
 from moedist.moe.router.contract import Routing
 from moedist.moe.router.mlp import MLPConfig
@@ -259,3 +264,51 @@ def test_two_skewed_distributions():
         routing = dataclasses.replace(routing, probs_TE=probs_TE)
         loss = SwitchConfig().build(len(f))(routing, dropless(routing, ctx), ctx)
         assert loss.item() == pytest.approx(value, abs=1e-12)
+
+
+def test_G7_a_whole_layer():
+    """16 tokens through four equal experts of sine weights, ReLU between."""
+    case, ctx = ROUTING["G7_real_forward"], TokenContext.of_rows(1, 16)
+    scale = ROUTING["G7_init"]["default_scale1"]
+    for name, frequency in (("default_w1_0_0to3", 0.3141), ("default_w2_0_0to3", 0.2718)):
+        weight_4 = (frequency * torch.arange(4, dtype=torch.float64)).sin() * scale
+        assert weight_4.tolist() == pytest.approx(ROUTING["G7_init"][name], abs=1e-7)
+    experts = LoopConfig(hidden_dim=16, activation="relu", bias=True).build(8, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for weight, frequency in ((experts.up, 0.3141), (experts.down, 0.2718)):
+            sine_N = (frequency * torch.arange(128, dtype=torch.float64)).sin() * (2 / 24) ** 0.5
+            weight.copy_(sine_N.view(weight.shape[1:]).expand_as(weight))
+        experts.up_bias.zero_(), experts.down_bias.zero_()
+    plan = plan_capacity(sine_router(16, 8, 4, 0.77, top_k=2), ctx, CapacityConfig(factor=2.0))
+    x_TD = (0.77 * torch.arange(128, dtype=torch.float64)).sin().view(16, 8)
+    out_TD = DispatchedConfig().build(experts, AllToAllConfig())(x_TD, plan)
+    assert out_TD[0].tolist() == pytest.approx(case["out_row0"], abs=1e-6)
+    assert out_TD.sum().item() == pytest.approx(case["out_sum"], abs=1e-4)
+
+
+def counts_of(config: MoEConfig, dim: int) -> dict[str, int]:
+    """Parameters of one expert, of all, of the router, and of the layer."""
+    layer = config.build(dim, device="meta")
+    experts, router = (sum(p.numel() for p in part.parameters()) for part in (layer.bank, layer.router))
+    expert = config.experts.expert_parameters(dim)
+    assert experts == config.num_experts * expert
+    return {"expert": expert, "experts": experts, "router": router, "total": experts + router}
+
+
+def test_G8_parameter_counts():
+    case = ROUTING["G8"]
+    settings = {
+        "capacity_layer": (64, MoEConfig(8, experts=GroupedConfig(128, "relu", True))),
+        "dense_example": (128, MoEConfig(4, TopKConfig(bias=True), experts=GroupedConfig(256, "relu", True))),
+        "builder_default": (128, MoEConfig(4, TopKConfig(bias=True), experts=GroupedConfig(512, "relu", True))),
+        "transformer_dim768": (768, MoEConfig(8, experts=GroupedConfig(None, "gelu", True))),
+    }
+    for name, (dim, config) in settings.items():
+        counted = counts_of(config, dim)
+        assert {key: counted[key] for key in case[name] if key in counted} == {
+            key: value for key, value in case[name].items() if key in counted
+        }, name
+    layer = settings["capacity_layer"][1]
+    assert 2 * layer.experts.expert_parameters(64) + 512 == case["capacity_layer"]["active_per_token"]
+    router = MLPConfig(hidden_dim=256).build(512, 4, device="meta")
+    assert sum(p.numel() for p in router.parameters()) == case["attention_default"]["router"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from moedist.config import ConfigError
 from moedist.mesh import MeshConfig
@@ -472,3 +473,160 @@ def test_spread_errors():
     with pytest.raises(ConfigError, match="Set moe.bank.kind to dispatched") as caught:
         MoEConfig(num_experts=4, bank=LocalConfig()).check_spread(2)
     assert caught.value.key == "bank.kind"
+
+
+@pytest.mark.requirement("R0-16", "R0-22", "R0-33", "R0-34", "R3-08", "R3-10")
+def test_R0_02_the_parts_join_to_the_layer():
+    """Router, plan and experts, each built alone, give what the layer gives: output, and what became of every pair."""
+    config = MoEConfig(num_experts=5, router=TopKConfig(top_k=2), capacity=CapacityConfig(factor=1.0))
+    layer = config.build(DIM)
+    x_TD, ctx = batch()
+    output = layer(x_TD, ctx)
+    router, experts = config.router.build(DIM, 5), config.experts.build(DIM, 5)
+    router.load_state_dict(layer.router.state_dict())
+    experts.load_state_dict(layer.bank.experts.state_dict())
+    plan = plan_capacity(router(x_TD, ctx), ctx, config.capacity)
+    out_TD = config.bank.build(experts, config.dispatch)(x_TD, plan)
+    assert torch.equal(out_TD, output.out_TD) and out_TD.shape == x_TD.shape
+    assert torch.equal(plan.kept_E, output.report.kept_E) and torch.equal(plan.asked_E, output.report.asked_E)
+    assert experts.expert_ids == tuple(range(5)) and experts.up.shape[0] == 5
+
+
+def test_R0_35_the_sum_of_a_plain_loop():
+    """fp64, with drops: token by token, expert by expert."""
+    config = MoEConfig(
+        num_experts=4,
+        router=TopKConfig(top_k=2),
+        capacity=CapacityConfig(factor=1.0),
+        experts=LoopConfig(hidden_dim=12, activation="relu", bias=True),
+    )
+    layer = config.build(DIM, dtype=torch.float64)
+    for parameter in (layer.bank.experts.up_bias, layer.bank.experts.down_bias):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    x_TD, ctx = batch(dtype=torch.float64)
+    plan = plan_capacity(layer.router(x_TD, ctx), ctx, config.capacity)
+    part = {name: value.detach() for name, value in layer.bank.experts.named_parameters()}
+    expected_TD = torch.zeros_like(x_TD)
+    for token, expert, gate, slot in zip(plan.token_N, plan.expert_N, plan.gate_N, plan.slot_N, strict=True):
+        if slot >= 0:
+            hidden = (x_TD[token] @ part["up"][expert] + part["up_bias"][expert]).clamp_min(0)
+            expected_TD[token] += gate * (hidden @ part["down"][expert] + part["down_bias"][expert])
+    assert (plan.slot_N < 0).any()
+    torch.testing.assert_close(layer(x_TD, ctx).out_TD, expected_TD, atol=1e-12, rtol=0)
+
+
+def test_R0_19_copies_live_on_their_own():
+    layer = MoEConfig(num_experts=4, balance=BALANCE).build(DIM)
+    x_TD, ctx = batch()
+    before = layer(x_TD, ctx).out_TD.detach()
+    for part in (layer, layer.router, layer.bank.experts):
+        copied = copy.deepcopy(part)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.add_(1)
+        assert torch.equal(layer(x_TD, ctx).out_TD, before)
+
+
+@pytest.mark.requirement("R0-16")
+def test_R0_44_small_cases():
+    generator = torch.Generator().manual_seed(0)
+    alone = MoEConfig(num_experts=1, router=TopKConfig(top_k=1)).build(DIM)
+    report = alone(*batch()).report
+    assert report.asked_E.tolist() == [24] and report.losses["switch"].item() == pytest.approx(1, abs=1e-6)
+    everywhere = MoEConfig(num_experts=4, router=TopKConfig(top_k=4), capacity=CapacityConfig(factor=None)).build(DIM)
+    routing = everywhere.router(*batch())
+    assert routing.expert_N.view(24, 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 24
+    layer = MoEConfig(num_experts=8).build(DIM)
+    one = layer(torch.randn(1, DIM, generator=generator), TokenContext.of_rows(1, 1))
+    assert one.out_TD.shape == (1, DIM) and one.report.asked_E.sum() == 2
+    output = layer(*batch(rows=8))
+    assert (output.report.asked_E > 0).sum() > 1 and output.out_TD.abs().max() > 0
+    for loss in output.report.losses.values():
+        assert loss.isfinite() and loss > 0
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_D7_dense_mode_compiles_to_the_dense_softmax(dispatch):
+    torch._dynamo.reset()
+    config = MoEConfig(
+        num_experts=4,
+        router=TopKConfig(top_k=0),
+        capacity=CapacityConfig(factor=None),
+        experts=GroupedConfig(hidden_dim=16),
+        dispatch=DISPATCHES[dispatch],
+    )
+    layer = config.build(DIM)
+    x_TD, ctx = batch()
+    compiled = torch.compile(layer, fullgraph=dispatch == "padded", backend="eager")
+    routing = torch.compile(layer.router, fullgraph=True, backend="eager")(x_TD, ctx)
+    dense_TE = torch.zeros(24, 4).scatter(1, routing.expert_N.view(24, 4), routing.gate_N.view(24, 4))
+    torch.testing.assert_close(dense_TE, layer.router(x_TD, ctx).logits_TE.softmax(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(compiled(x_TD, ctx).out_TD, layer(x_TD, ctx).out_TD, atol=1e-6, rtol=1e-5)
+
+
+def flops(num_experts: int, **router: object) -> tuple[int, int]:
+    """Of the experts, and of the router, forward and backward."""
+    config = MoEConfig(
+        num_experts=num_experts,
+        router=TopKConfig(**router),
+        capacity=CapacityConfig(factor=None),
+        experts=LoopConfig(hidden_dim=32),
+        balance={},
+    )
+    layer = config.build(DIM)
+    x_TD, ctx = batch(rows=8)
+    x_TD.requires_grad_()
+    with FlopCounterMode(display=False) as of_router:
+        routing = layer.router(x_TD, ctx)
+        routing.logits_TE.sum().backward()
+    plan = plan_capacity(routing, ctx, config.capacity)
+    plan = dataclasses.replace(plan, gate_N=plan.gate_N.detach())
+    with FlopCounterMode(display=False) as of_experts:
+        layer.bank(x_TD, plan).sum().backward()
+    return of_experts.get_total_flops(), of_router.get_total_flops()
+
+
+@pytest.mark.requirement("R0-01")
+def test_R3_18_cost_grows_with_choices_and_not_with_experts():
+    """2 of 8 experts cost a quarter of all 8; 2 of 32 cost as much. The router's share grows with E."""
+    two_of_8, router_of_8 = flops(8, top_k=2)
+    assert two_of_8 == 3 * 2 * 64 * 2 * 3 * DIM * 32, "forward and twice that in backward; swiglu has three matrices"
+    assert flops(8, mode="dense")[0] == 4 * two_of_8 and flops(8, top_k=4)[0] == 2 * two_of_8
+    two_of_32, router_of_32 = flops(32, top_k=2)
+    assert two_of_32 == two_of_8 and router_of_32 == 4 * router_of_8
+
+
+@pytest.mark.requirement("R0-08")
+def test_R3_09_the_width_is_an_argument():
+    for dim in (1, 64):
+        layer = MoEConfig().build(dim)
+        assert layer(torch.randn(6, dim), TokenContext.of_rows(1, 6)).out_TD.shape == (6, dim)
+    assert layer.config == MoEConfig()
+    with pytest.raises(ValueError, match="dim = 0 is no width of vectors. Set it to 1 or more"):
+        MoEConfig().build(0)
+
+
+def test_R3_20_dropout():
+    """Of the whole output, in training only; drawn by the token's name, so a cut of the batch changes nothing."""
+    assert MoEConfig().dropout == 0.0
+    config = MoEConfig(num_experts=4, capacity=CapacityConfig(factor=None), shared_hidden_dim=8, balance={})
+    plain, layer = config.build(DIM), dataclasses.replace(config, dropout=0.3).build(DIM)
+    x_TD, ctx = batch(rows=40)
+    quiet_TD, out_TD = plain(x_TD, ctx).out_TD, layer(x_TD, ctx).out_TD
+    kept_TD = out_TD != 0
+    torch.testing.assert_close(out_TD, torch.where(kept_TD, quiet_TD / 0.7, 0))
+    assert kept_TD.float().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert (kept_TD.float().mean(0) < 1).all() and (kept_TD.float().mean(1) < 1).all()
+    rows = [
+        layer(part_TD, TokenContext.of_rows(20, 8, sample_B=torch.arange(20) + 20 * index)).out_TD
+        for index, part_TD in enumerate(x_TD.chunk(2))
+    ]
+    torch.testing.assert_close(torch.cat(rows), out_TD)
+    other = layer(*batch(rows=40, step=1)).out_TD
+    assert not torch.equal(other != 0, kept_TD)
+    eval_x_TD, eval_ctx = batch(rows=40, training=False)
+    assert torch.equal(layer(eval_x_TD, eval_ctx).out_TD, plain(eval_x_TD, eval_ctx).out_TD)
+    for dropout in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="is no share to drop") as caught:
+            MoEConfig(dropout=dropout)
+        assert caught.value.key == "dropout"

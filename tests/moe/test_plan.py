@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -263,3 +264,19 @@ def test_errors(config, key, said):
 def test_a_factor_below_1_is_accepted_with_a_warning():
     with pytest.warns(UserWarning, match=r"moe.capacity.factor = 0.5 is below 1"):
         CapacityConfig(factor=0.5)
+
+
+@pytest.mark.requirement("R3-14", "D19")
+def test_a_fixed_capacity_says_what_it_silences():
+    """It holds in evaluation too; a factor that would have been another limit is named."""
+    with pytest.warns(UserWarning, match=r"expert_capacity = 2 .*: factor = 3.0 and eval_factor = None have no effect"):
+        config = CapacityConfig(factor=3.0, eval_factor=None, expert_capacity=2)
+    for training in (True, False):
+        plan = plan_capacity(routing_of([[0]] * 4, 3), TokenContext.of_rows(1, 4, training=training), config)
+        assert plan.kept_E.tolist() == [2, 0, 0]
+    with pytest.warns(UserWarning, match=r": final_factor = 2.0 has no effect"):
+        CapacityConfig(final_factor=2.0, expert_capacity=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CapacityConfig(expert_capacity=2)
+        CapacityConfig(factor=3.0, eval_factor=None)

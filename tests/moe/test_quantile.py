@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moedist.config import ConfigError
+from moedist.moe.balance.bias import BiasConfig
 from moedist.moe.balance.quantile import QuantileConfig, bin_edges, quantile_of_bins
 from moedist.moe.context import TokenContext
 from moedist.moe.layer import MoE, MoEConfig
@@ -158,3 +159,9 @@ def test_errors(memory):
     with pytest.raises(ConfigError, match=r"is no share. Set it in \[0, 1\)") as caught:
         QuantileConfig(memory)
     assert (caught.value.key, caught.value.value) == ("memory", memory)
+
+
+@pytest.mark.parametrize("other", [BiasConfig(), QuantileConfig(memory=0.5)])
+def test_no_other_rule_beside_it(other):
+    with pytest.raises(ConfigError, match="in each step, and other would move it again. Leave one out: ~moe.balance"):
+        MoEConfig(balance={"quantile": QuantileConfig(), "other": other})

@@ -147,3 +147,60 @@ def test_errors(config, key, said):
     with pytest.raises(ConfigError, match=said) as caught:
         TopKConfig(**config).build(4, 8)
     assert caught.value.key == key and caught.value.value == config[key]
+
+
+@pytest.mark.requirement("R0-07", "R0-32")
+def test_R0_20_noise_where_its_deviation_is_above_0():
+    """Any deviation above 0 changes what is routed, 0 changes nothing; weights sum to 1 and experts are in range."""
+    logits_TE, ctx = torch.zeros(50, 8, dtype=torch.float64), context(50)
+    quiet = route_logits(logits_TE, ctx, top_k=2)
+    for noise_std, other in ((0.0, False), (1e-6, True), (1.0, True)):
+        routing = route_logits(logits_TE, ctx, top_k=2, noise_std=noise_std)
+        assert (not torch.equal(routing.expert_N, quiet.expert_N)) == other
+        assert torch.equal(routing.probs_TE, quiet.probs_TE) != other
+        torch.testing.assert_close(routing.gate_N.view(50, 2).sum(1), torch.ones(50).double(), atol=1e-12, rtol=0)
+        assert routing.expert_N.min() >= 0 and routing.expert_N.max() < 8
+
+
+def test_R0_24_probabilities_of_large_logits():
+    logits_TE = 1e4 * torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    probs_TE = route_logits(logits_TE, context(40), top_k=2).probs_TE
+    assert probs_TE.isfinite().all() and (probs_TE >= 0).all()
+    torch.testing.assert_close(probs_TE.sum(1), torch.ones(40), atol=1e-6, rtol=0)
+    assert torch.equal(probs_TE.argmax(1), logits_TE.argmax(1))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_C3_softmax_before_or_after_the_choice(top_k):
+    logits_TE = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    routing = route_logits(logits_TE, context(30), top_k=top_k, renormalize=top_k > 1 or None)
+    chosen_TK, expert_TK = logits_TE.topk(top_k)
+    assert torch.equal(routing.expert_N.view(30, top_k), expert_TK)
+    expected_TK = chosen_TK.softmax(1) if top_k > 1 else logits_TE.softmax(1).gather(1, expert_TK)
+    torch.testing.assert_close(routing.gate_N.view(30, top_k), expected_TK, atol=1e-14, rtol=0)
+    torch.testing.assert_close(routing.probs_TE, logits_TE.softmax(1), atol=0, rtol=0)
+
+
+def test_R3_01_a_width_is_1_or_more():
+    for dim in (0, -3):
+        with pytest.raises(ValueError, match=f"dim = {dim} is no width of vectors. Set it to 1 or more"):
+            TopKConfig().build(dim, 8)
+
+
+def test_R3_02_one_map_without_bias():
+    config = TopKConfig(top_k=3)
+    router = config.build(6, 8)
+    assert router.config == config and router.weight.shape == (8, 6) and router.bias is None
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert TopKConfig(bias=True).build(6, 8).bias.shape == (8,)
+
+
+@pytest.mark.requirement("R3-04", "R3-05")
+def test_R3_03_scores_and_experts_of_every_token():
+    x_BSD = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    router = TopKConfig(top_k=3).build(6, 8)
+    router.init_weights(named_draw(0))
+    routing = router(x_BSD.flatten(0, 1), TokenContext.of_rows(2, 5))
+    score_BSK, expert_BSK = routing.gate_N.view(2, 5, 3), routing.expert_N.view(2, 5, 3)
+    torch.testing.assert_close(score_BSK.sum(2), torch.ones(2, 5), atol=1e-6, rtol=0)
+    assert expert_BSK.dtype == torch.int64 and expert_BSK.min() >= 0 and expert_BSK.max() < 8

@@ -83,6 +83,7 @@ def test_every_router(config):
 
 
 class TestNoisy:
+    @pytest.mark.requirement("R3-07")
     def test_evaluation_has_no_noise(self):
         router = built(NoisyConfig(top_k=2))
         x_TD = vectors(50)
@@ -96,6 +97,7 @@ class TestNoisy:
         noisy = router(x_TD, TokenContext.of_rows(1, 50))
         assert not torch.equal(noisy.expert_N, quiet.expert_N) and torch.equal(noisy.logits_TE, quiet.logits_TE)
 
+    @pytest.mark.requirement("R3-07", "C14")
     def test_noise_begins_at_ln_2_and_follows_its_weights(self):
         router = built(NoisyConfig(top_k=2))
         x_TD, ctx = vectors(20_000), TokenContext.of_rows(1, 20_000)
@@ -106,6 +108,7 @@ class TestNoisy:
                 noise_TE = router.with_noise(torch.zeros(20_000, 8).double(), x_TD, ctx)[0]
             assert noise_TE.std().item() == pytest.approx(std, rel=0.01)
 
+    @pytest.mark.requirement("R3-07")
     def test_load_is_the_probability_of_being_chosen(self):
         """Against a Monte-Carlo estimate: one expert's noise is drawn anew, the others' stays (equation 8)."""
         router = built(NoisyConfig(top_k=2), num_experts=5)
@@ -133,6 +136,7 @@ class TestNoisy:
 
 
 class TestMLP:
+    @pytest.mark.requirement("C2")
     def test_by_hand(self):
         router = built(MLPConfig(top_k=2, hidden_dim=5, temperature=0.5), num_experts=4)
         with torch.no_grad():

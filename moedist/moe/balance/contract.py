@@ -91,6 +91,11 @@ class BalanceConfig(Choice, path="moe.balance"):
 class SelectionBiasConfig(BalanceConfig):
     """A rule for the selection bias."""
 
+    @property
+    def finds_whole_bias(self) -> bool:
+        """Whether each step's bias is the rule's alone, so that no other rule can stand beside it."""
+        return False
+
     def check(self, router: Router) -> None:
         """The router must have a selection to move."""
         try:

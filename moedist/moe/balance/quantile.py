@@ -47,6 +47,11 @@ class QuantileConfig(SelectionBiasConfig):
     def __post_init__(self) -> None:
         require(0 <= self.memory < 1, "memory", self.memory, "is no share", "Set it in [0, 1); 0 remembers nothing.")
 
+    @property
+    def finds_whole_bias(self) -> bool:
+        """The bias that would have balanced the step, whatever moved it before."""
+        return True
+
     def build(self, num_experts: int) -> QuantileRule:  # noqa: D102
         return QuantileRule(self, num_experts)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moedist.config import Choice, ConfigError
+from moedist.config import Choice, ConfigError, require
 from moedist.moe.context import TokenContext
 from moedist.moe.init import Draw
 
@@ -147,8 +147,9 @@ class RouterConfig(Choice, path="moe.router"):
         """A router of [*, dim] vectors over ``num_experts``; see `RouterSite`.
 
         Raises:
-            ConfigError: the choice does not fit ``num_experts``.
+            ConfigError: there is no width, or the choice does not fit ``num_experts``.
         """
+        require(dim >= 1, "dim", dim, "is no width of vectors", "Set it to 1 or more.")
         return self.build_at(RouterSite(dim, num_experts, layer, device, dtype))
 
     def build_at(self, site: RouterSite) -> Router:
