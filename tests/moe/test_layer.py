@@ -616,7 +616,7 @@ def test_R3_20_dropout():
     kept_TD = out_TD != 0
     torch.testing.assert_close(out_TD, torch.where(kept_TD, quiet_TD / 0.7, 0))
     assert kept_TD.float().mean().item() == pytest.approx(0.7, abs=0.03)
-    assert (kept_TD.float().mean(0) < 1).all() and (kept_TD.float().mean(1) < 1).all()
+    assert ((kept_TD.float().mean(0) - 0.7).abs() < 0.12).all() and len(kept_TD.unique(dim=0)) > 250
     rows = [
         layer(part_TD, TokenContext.of_rows(20, 8, sample_B=torch.arange(20) + 20 * index)).out_TD
         for index, part_TD in enumerate(x_TD.chunk(2))
