@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.model.attention.experts.contract import Attended, ExpertSite, Sight, masked_softmax
-from moedist.model.attention.experts.standard import attend_behind_mask
+from moedist.model.attention.experts.standard import fused_attention
 from moedist.model.heads import Heads, HeadsConfig, ProjectedExpert, join_heads
 from moedist.model.lorentz import (
     BALL_REACH,
@@ -117,14 +117,16 @@ class HyperbolicExpert(ProjectedExpert):
         with torch.autocast(query_BQD.device.type, enabled=False), _exact_products(query_BQD.is_cuda):
             c, beta_H = self.negative_curvature(), F.softplus(wide(self.inverse_temperature_H))
             tangents = Heads(*(limit_length(wide(x) / root, c, self.config.max_radius) for x in heads))
-            seen, bias = sight.seen(query_BQD, key_BSD), sight.bias()
             if self.config.score == "squared_lorentz" and not need_weights and self.dropout == 0:
-                out_BHQh = fused_squared_lorentz(tangents, c, beta_H, seen, bias)
+                points = lorentz_heads(tangents, c, beta_H)
+                sums_BHQl = fused_attention(points, sight, query_BQD, key_BSD, scale=1.0)
+                out_BHQh = from_hyperboloid(centroid(sums_BHQl, c), c)
                 return Attended(join_heads(out_BHQh * root).to(dtype), None)
             score_BHQS = hyperbolic_scores(tangents, c, beta_H, self.config.score)
-            if bias is not None:
+            if (bias := sight.bias()) is not None:
                 score_BHQS = score_BHQS + bias.to(score_BHQS.dtype)
-            weights_BHQS = self.drop(masked_softmax(score_BHQS, seen), sight.names, sight.places(query_BQD))
+            weights_BHQS = masked_softmax(score_BHQS, sight.seen(query_BQD, key_BSD))
+            weights_BHQS = self.drop(weights_BHQS, sight.names, sight.places(query_BQD))
             out_BHQh = hyperbolic_mean(weights_BHQS, tangents.value_BHSh, c, self.config.score)
         return Attended(join_heads(out_BHQh * root).to(dtype), weights_BHQS if need_weights else None)
 
@@ -142,11 +144,10 @@ def hyperbolic_scores(tangents: Heads, c: Tensor, beta_H: Tensor, score: Score) 
     The tangent vectors belong to the ball for ``geodesic`` and to the hyperboloid for ``squared_lorentz``, as in the
     sources: the same vector lies twice as far out in the ball.
     """
-    beta_H11 = beta_H[:, None, None]
     if score == "geodesic":
-        return -beta_H11 * ball_distances(tangents.query_BHQh, tangents.key_BHSh, c)
-    product_BHQS = _reflected(tangents.query_BHQh, c) @ to_hyperboloid(tangents.key_BHSh, c).transpose(2, 3)
-    return beta_H11 * 2 * (1 / c + product_BHQS)
+        return -beta_H[:, None, None] * ball_distances(tangents.query_BHQh, tangents.key_BHSh, c)
+    points = lorentz_heads(tangents, c, beta_H)
+    return points.query_BHQh @ points.key_BHSh.transpose(2, 3) + 2 * beta_H[:, None, None] / c
 
 
 def hyperbolic_mean(weights_BHQS: Tensor, value_BHSh: Tensor, c: Tensor, score: Score) -> Tensor:
@@ -157,23 +158,14 @@ def hyperbolic_mean(weights_BHQS: Tensor, value_BHSh: Tensor, c: Tensor, score: 
     return from_hyperboloid(centroid(sums_BHQl, c), c) / reach
 
 
-def fused_squared_lorentz(
-    tangents: Heads, c: Tensor, beta_H: Tensor, seen: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """[B, H, Q, h]: `hyperbolic_mean` by the weights of ``squared_lorentz``, through torch's fused attention.
-
-    ``-beta d_L^2 = beta (2 / c + 2 <q, k>_L)``: a scaled dot product, but for a constant that softmax does not see.
+def lorentz_heads(tangents: Heads, c: Tensor, beta_H: Tensor) -> Heads:
+    """Points of the hyperboloid whose plain products of query and key are the scores of ``squared_lorentz``, but for a
+    constant of each head, which softmax does not see: ``-beta d_L^2 = 2 beta <q, k> + 2 beta / c``. A query's X_0 is
+    negated, and it is multiplied by 2 beta.
     """
-    query_BHQl = 2 * beta_H[:, None, None] * _reflected(tangents.query_BHQh, c)
-    key_BHSl, value_BHSl = to_hyperboloid(tangents.key_BHSh, c), to_hyperboloid(tangents.value_BHSh, c)
-    sums_BHQl = attend_behind_mask(query_BHQl, key_BHSl, value_BHSl, seen, bias, scale=1.0)
-    return from_hyperboloid(centroid(sums_BHQl, c), c)
-
-
-def _reflected(u: Tensor, c: Tensor) -> Tensor:
-    """The point of ``u`` with X_0 negated, so that a plain product with it is the Lorentz form."""
-    X = to_hyperboloid(u, c)
-    return torch.cat([-X[..., :1], X[..., 1:]], dim=-1)
+    query_BHQl, key_BHSl, value_BHSl = (to_hyperboloid(x, c) for x in tangents)
+    query_BHQl = 2 * beta_H[:, None, None] * torch.cat([-query_BHQl[..., :1], query_BHQl[..., 1:]], dim=-1)
+    return Heads(query_BHQl, key_BHSl, value_BHSl)
 
 
 def _softplus_inverse(y: float) -> float:

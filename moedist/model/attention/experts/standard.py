@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moedist.model.attention.experts.contract import Attended, ExpertSite, Sight, masked_softmax
-from moedist.model.heads import HeadsConfig, ProjectedExpert, join_heads
+from moedist.model.heads import Heads, HeadsConfig, ProjectedExpert, join_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +29,13 @@ class StandardExpert(ProjectedExpert):
     ) -> Attended:
         """See the contract; edges are left aside."""
         heads = self.project(query_BQD, key_BSD, value_BSD, sight)
-        if sight.is_plain and not need_weights and self.dropout == 0:
-            return Attended(join_heads(F.scaled_dot_product_attention(*heads, is_causal=sight.causal)), None)
-        seen, bias = sight.seen(query_BQD, key_BSD), sight.bias()
         if not need_weights and self.dropout == 0:
-            return Attended(join_heads(attend_behind_mask(*heads, seen, bias)), None)
+            return Attended(join_heads(fused_attention(heads, sight, query_BQD, key_BSD)), None)
         score_BHQS = heads.query_BHQh @ heads.key_BHSh.transpose(2, 3) * self.site.head_dim**-0.5
-        if bias is not None:
+        if (bias := sight.bias()) is not None:
             score_BHQS = score_BHQS + bias.to(score_BHQS.dtype)
-        weights_BHQS = self.drop(masked_softmax(score_BHQS, seen), sight.names, sight.places(query_BQD))
+        weights_BHQS = masked_softmax(score_BHQS, sight.seen(query_BQD, key_BSD))
+        weights_BHQS = self.drop(weights_BHQS, sight.names, sight.places(query_BQD))
         out_BQD = join_heads(weights_BHQS.to(heads.value_BHSh.dtype) @ heads.value_BHSh)
         return Attended(out_BQD, weights_BHQS if need_weights else None)
 
@@ -46,25 +44,22 @@ class StandardExpert(ProjectedExpert):
         return 2 * 2 * self.site.dim * length / 2
 
 
-def attend_behind_mask(
-    query_BHQh: Tensor,
-    key_BHSh: Tensor,
-    value_BHSh: Tensor,
-    seen: Tensor | None,
-    bias: Tensor | None,
-    scale: float | None = None,
+def fused_attention(
+    heads: Heads, sight: Sight, query_BQD: Tensor, key_BSD: Tensor, scale: float | None = None
 ) -> Tensor:
     """[B, H, Q, h]: torch's fused attention; zero for a query that sees nothing, on every backend.
 
     Args:
-        seen: as `Sight.seen` gives it.
-        bias: added to the scores.
+        query_BQD, key_BSD: what ``sight`` is of.
         scale: factor on the scores; None for one over the root of a head's width.
     """
-    any_BHQ1 = None if seen is None else seen.any(3, keepdim=True)
-    mask = bias if bias is None else bias.to(query_BHQh.dtype)
-    if seen is not None and any_BHQ1 is not None:
-        open_BHQS = seen | ~any_BHQ1  # given all first: not every backend gives such a query zero
-        mask = open_BHQS if mask is None else mask.masked_fill(~open_BHQS, -torch.inf)
-    out_BHQh = F.scaled_dot_product_attention(query_BHQh, key_BHSh, value_BHSh, attn_mask=mask, scale=scale)
-    return out_BHQh if any_BHQ1 is None else out_BHQh.masked_fill(~any_BHQ1, 0)
+    if sight.is_plain:
+        return F.scaled_dot_product_attention(*heads, is_causal=sight.causal, scale=scale)
+    seen, mask = sight.seen(query_BQD, key_BSD), sight.bias()
+    mask = None if mask is None else mask.to(heads.query_BHQh.dtype)
+    if seen is None:
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
+    any_BHQ1 = seen.any(3, keepdim=True)
+    seen = seen | ~any_BHQ1  # given all first: not every backend gives such a query zero
+    mask = seen if mask is None else mask.masked_fill(~seen, -torch.inf)
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).masked_fill(~any_BHQ1, 0)

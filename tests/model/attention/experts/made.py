@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moedist.model.attention.experts.contract import AttentionExpert, AttentionExpertConfig, ExpertSite, Sight
 from moedist.model.attention.experts.edge_featured import EdgeFeaturedConfig
@@ -76,3 +77,16 @@ def random_mask(seed: int = 3) -> Tensor:
     mask = torch.rand(B, H, S, S, generator=torch.Generator().manual_seed(seed)) < 0.6
     mask[0, :, 1] = False
     return mask
+
+
+class Largest(TorchDispatchMode):
+    """Watches the results of torch's operations; ``numel`` is the size of the largest."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple) else (out,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
