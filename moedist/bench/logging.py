@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from moedist.bench.rounds import QUOTABLE
 from moedist.config import to_mapping
 from moedist.data.check import open_data
 from moedist.log.run_log import RunLog
@@ -24,8 +25,6 @@ from moedist.train.watchdog import Watchdog
 
 WARM_UP = 3
 """Pairs of steps that are not counted."""
-QUOTABLE = 0.2
-"""Largest spread of a figure that means something."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from moedist.bench.floor import exchange_bytes
+from moedist.bench.shapes import LayerShape
+from tests.ranks import Here
+
+TINY = LayerShape("tiny", tokens=24, dim=16, hidden_dim=32, num_experts=4, top_k=2, dtype=torch.float32)
+
+
+def exchange_and_layer(here: Here) -> tuple[dict, dict, dict]:
+    from moedist.bench.exchange import measure_exchanges
+    from moedist.bench.floor import Ceilings
+    from moedist.bench.layer import measure_case
+    from moedist.bench.peer.find import choose_peers
+    from moedist.bench.trial import make_trial
+
+    mesh = here.mesh_of(ep=here.world)
+    (moved,) = measure_exchanges([TINY], ["balanced"], 1.0, 4, mesh)
+    peers = choose_peers(["moedist_loop", "grouped_mm", "torchtitan_like"])
+    case = measure_case(make_trial(TINY, "balanced", 1.0, mesh), peers, 4, Ceilings(1e9, 1e9))
+    double = dataclasses.replace(TINY, num_experts=8)
+    uneven = measure_case(make_trial(double, "zipf", 1.0, mesh), peers, 4, Ceilings(1e9, 1e9))
+    return moved, case, uneven
+
+
+def test_two_ranks(ranks):
+    for moved, case, uneven in ranks(2).run(exchange_and_layer):
+        by_name = {entry["name"]: entry for entry in moved["contenders"]}
+        assert list(by_name) == ["all_to_all", "padded", "hierarchical"]
+        assert moved["bare_mb"] == exchange_bytes(TINY, 2) / 1e6
+        # Rows and their gates, there and back with their gradients; rows come home without a gate.
+        gates = 2 * 24 * 2 * 4 / 2 / 1e6
+        counts = 4 * 8 / 2 / 1e6
+        assert abs(by_name["padded"]["sent_mb"] - moved["bare_mb"] - gates) < 1e-9
+        assert abs(by_name["all_to_all"]["sent_mb"] - moved["bare_mb"] - gates - counts) < 1e-9
+        assert [entry["name"] for entry in case["contenders"]] == ["moedist", "moedist_loop", "torchtitan_like"]
+        assert case["skipped"] == {"grouped_mm": "keeps all experts on one rank"}
+        assert all(entry["exchange_ms"] > 0 for entry in case["contenders"])
+        assert uneven["dropped"] > 0 and "torchtitan_like" in uneven["skipped"]
