@@ -186,7 +186,7 @@ def report(status: Status, run_dir: Path, nnodes: int, *, as_json: bool, command
     """Says how the ranks ended: for a script as JSON, for people what failed, where to look and what to do."""
     import dataclasses
 
-    from moedist.launch.start import launcher_log, rank_log, tail
+    from moedist.launch.outcome import launcher_log, rank_log, tail
 
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), **dataclasses.asdict(status)}))

@@ -10,7 +10,7 @@ from typing import Any
 
 from moedist.config import ConfigError
 from moedist.launch.compose import Composed, compose_onto
-from moedist.launch.start import last_good_checkpoint
+from moedist.launch.outcome import last_good_checkpoint
 from moedist.train.checkpoint import CheckpointError, read_meta
 
 

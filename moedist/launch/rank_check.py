@@ -16,7 +16,8 @@ from moedist.config.exit_codes import ExitCode
 from moedist.doctor.finding import Finding, problem
 from moedist.doctor.links import Collective, Links, judge_links
 from moedist.doctor.ranks import RESULT
-from moedist.launch.start import Ranks, last_line, run_ranks
+from moedist.launch.outcome import last_line
+from moedist.launch.start import Ranks, run_ranks
 from moedist.mesh import MeshConfig
 from moedist.train.config import LaunchConfig
 

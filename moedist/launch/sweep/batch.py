@@ -15,8 +15,9 @@ from moedist.config import ConfigError, ConfigErrors, require, to_mapping
 from moedist.config.exit_codes import ExitCode
 from moedist.launch.compose import Composed, compose
 from moedist.launch.node_groups import follow_nodes
+from moedist.launch.outcome import rank_log
 from moedist.launch.saved import CONFIG
-from moedist.launch.start import POLL_S, StopSignals, plan_ranks, rank_log
+from moedist.launch.start import POLL_S, StopSignals, plan_ranks
 from moedist.launch.sweep.job import Job, Place, RunningJob
 from moedist.launch.sweep.objective import Measured, is_above, median_of_others
 from moedist.launch.sweep.record import FINISHED, LEFT, JobRecord, SweepRecord, hash_config, now

@@ -6,8 +6,9 @@ import dataclasses
 
 from moedist.config import require
 from moedist.launch.folder import claim_folder
+from moedist.launch.outcome import launcher_log
 from moedist.launch.saved import CONFIG
-from moedist.launch.start import Launch, launcher_log
+from moedist.launch.start import Launch
 from moedist.launch.sweep.job import Job
 from moedist.launch.sweep.machine import Machine, Share, this_machine
 from moedist.launch.sweep.settings import SweepConfig
