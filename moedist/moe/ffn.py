@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from moedist.config import require
 from moedist.moe.experts.contract import Experts, ExpertsConfig
-from moedist.moe.init import Draw, piece_of
+from moedist.moe.init import XAVIER, Draw, Xavier, piece_of
 
 Activation = Literal["swiglu", "gelu", "relu"]
 
@@ -28,11 +27,13 @@ class FFNExpertsConfig(ExpertsConfig):
         activation: ``swiglu`` (``(silu(x G) * x U) W``, three matrices; Shazeer 2020), ``gelu`` (exact) or ``relu``
             (two matrices).
         bias: whether the matrices have biases.
+        init: first values of the matrices; biases start at zero.
     """
 
     hidden_dim: int | None = 128
     activation: Activation = "swiglu"
     bias: bool = False
+    init: Xavier = "xavier_normal"
 
     def __post_init__(self) -> None:
         require(
@@ -115,8 +116,8 @@ class StackedFFN(Experts):
         self.expert_ids = tuple(expert_ids)
 
     def init_weights(self, draw: Draw) -> None:
-        """Xavier normal matrices (standard deviation sqrt(2 / (D + F))), zero biases."""
-        std = math.sqrt(2 / (self.dim + self.hidden_dim))
+        """Matrices of standard deviation sqrt(2 / (D + F)), zero biases."""
+        fill = XAVIER[self.config.init]
         with torch.no_grad():
             for name in self.NAMES:
                 if getattr(self, name) is None:
@@ -130,7 +131,7 @@ class StackedFFN(Experts):
                     # A DTensor's rows count through the slots of all ranks, of which this rank's are expert_ids.
                     expert = self.expert_ids[index % len(self.expert_ids)]
                     whole = torch.empty(getattr(self, name).shape[1:])
-                    row.copy_(whole.normal_(0, std, generator=draw(f"expert.{expert}.{name}"))[tuple(place)])
+                    row.copy_(fill(whole, generator=draw(f"expert.{expert}.{name}"))[tuple(place)])
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

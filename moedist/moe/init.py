@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+Xavier = Literal["xavier_normal", "xavier_uniform"]
+"""How a matrix starts: normal or uniform, of standard deviation sqrt(2 / (rows + columns)) (Glorot and Bengio 2010)."""
+XAVIER = {"xavier_normal": nn.init.xavier_normal_, "xavier_uniform": nn.init.xavier_uniform_}
 
 Draw = Callable[[str], torch.Generator]
 """Gives a module the generator of a name relative to it: ``draw("weight")``, ``draw("expert.17.up")``."""
@@ -36,14 +41,19 @@ def named_draw(seed: int, prefix: str = "") -> Draw:
     return lambda name: named_generator(seed, f"{prefix}.{name}" if prefix else name)
 
 
+def fill_xavier(parameter: Tensor, generator: torch.Generator, spread: Xavier) -> None:
+    """`fill_xavier_normal` or `fill_xavier_uniform`."""
+    _fill(parameter, lambda drawn: XAVIER[spread](drawn, generator=generator))
+
+
 def fill_xavier_normal(parameter: Tensor, generator: torch.Generator) -> None:
     """Fills a matrix in place: normal, standard deviation sqrt(2 / (rows + columns)) (Glorot and Bengio 2010)."""
-    _fill(parameter, lambda drawn: nn.init.xavier_normal_(drawn, generator=generator))
+    fill_xavier(parameter, generator, "xavier_normal")
 
 
 def fill_xavier_uniform(parameter: Tensor, generator: torch.Generator) -> None:
     """Fills a matrix in place: uniform within sqrt(6 / (rows + columns)) (Glorot and Bengio 2010)."""
-    _fill(parameter, lambda drawn: nn.init.xavier_uniform_(drawn, generator=generator))
+    fill_xavier(parameter, generator, "xavier_uniform")
 
 
 def _fill(parameter: Tensor, fill: Callable[[Tensor], Tensor]) -> None:

@@ -144,6 +144,7 @@ class MoE(RoutedLayer):
                 hidden_dim=config.shared_hidden_dim,
                 activation=getattr(config.experts, "activation", "swiglu"),
                 bias=getattr(config.experts, "bias", False),
+                init=getattr(config.experts, "init", "xavier_normal"),
             )
             self.shared = SharedExpert(shared.build(dim, 1, device=device, dtype=dtype))
 

@@ -14,6 +14,8 @@ from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import SharedExpert
 from moedist.moe.init import named_draw
 from moedist.moe.layer import MoEConfig
+from moedist.moe.router.mlp import MLPConfig
+from moedist.moe.router.topk import TopKConfig
 from tests.moe.by_hand import routing_of
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
@@ -258,3 +260,25 @@ def test_R0_17_relu_cuts_off_all_that_is_negative(config):
     rows = rows_of((3, 2), 8)
     y_RD = experts(Rows(rows.x_RD, torch.ones(5), rows.sizes, rows.ends_e))
     assert torch.equal(y_RD, torch.full((5, 8), 42.0))
+
+
+@pytest.mark.parametrize("init", ["xavier_normal", "xavier_uniform"])
+def test_C22_first_values_are_normal_or_uniform(init):
+    """Of the same spread; a uniform one ends at sqrt(3) of it, a normal one does not."""
+    layer = MoEConfig(
+        4, TopKConfig(init=init), experts=LoopConfig(hidden_dim=100, bias=True, init=init), shared_hidden_dim=100
+    ).build(60)
+    two_maps = MLPConfig(hidden_dim=100, init=init).build(60, 50)
+    two_maps.init_weights(named_draw(0))
+    matrices = [*(p for n, p in layer.bank.experts.named_parameters() if "bias" not in n), layer.shared.expert.up[0]]
+    matrices += [two_maps.hidden_weight, two_maps.weight, layer.router.weight]
+    for matrix in matrices:
+        std = math.sqrt(2 / sum(matrix.shape[-2:]))
+        assert matrix.std().item() == pytest.approx(std, rel=0.1)
+        assert (matrix.abs().max().item() <= math.sqrt(3) * std) == (init == "xavier_uniform")
+    assert not layer.bank.experts.down_bias.any() and not two_maps.bias.any()
+    assert (TopKConfig().init, MLPConfig().init, LoopConfig().init) == (
+        "xavier_normal",
+        "xavier_uniform",
+        "xavier_normal",
+    )

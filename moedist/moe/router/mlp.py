@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moedist.config import require
-from moedist.moe.init import Draw, fill_xavier_uniform
+from moedist.moe.init import Draw, Xavier, fill_xavier
 from moedist.moe.router.contract import RouterSite, wide
 from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
 
@@ -19,6 +19,7 @@ class MLPConfig(TokenChoiceConfig):
 
     Attributes:
         hidden_dim: width between the maps.
+        init: first values of the maps; biases start at zero.
         temperature: higher is more uniform, lower sharper; the chosen set does not depend on it.
         final_temperature: its value at ``temperature_steps`` and after, reached on a straight line; None for a
             constant.
@@ -29,6 +30,7 @@ class MLPConfig(TokenChoiceConfig):
     temperature: float = 1.0
     final_temperature: float | None = None
     temperature_steps: int = 1000
+    init: Xavier = "xavier_uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,10 +63,10 @@ class MLPRouter(TokenChoiceRouter):
         self.bias = site.parameter(site.num_experts)
 
     def init_weights(self, draw: Draw) -> None:
-        """Xavier uniform maps, zero biases."""
+        """Maps of standard deviation sqrt(2 / (inputs + outputs)), zero biases."""
         super().init_weights(draw)
         for name in ("hidden_weight", "weight"):
-            fill_xavier_uniform(getattr(self, name), draw(name))
+            fill_xavier(getattr(self, name), draw(name), self.config.init)
         nn.init.zeros_(self.hidden_bias)
         nn.init.zeros_(self.bias)
 

@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moedist.moe.init import Draw, fill_xavier_normal
+from moedist.moe.init import Draw, Xavier, fill_xavier
 from moedist.moe.router.contract import RouterSite, wide
 from moedist.moe.token_choice import TokenChoiceConfig, TokenChoiceRouter
 
@@ -18,9 +18,11 @@ class TopKConfig(TokenChoiceConfig):
 
     Attributes:
         bias: whether the map has a learned bias.
+        init: first values of the map; a bias starts at zero.
     """
 
     bias: bool = False
+    init: Xavier = "xavier_normal"
 
     def build_at(self, site: RouterSite) -> TopKRouter:
         return TopKRouter(self, site)
@@ -33,6 +35,7 @@ class TopKRouter(TokenChoiceRouter):
         weight: [E, D]. bias: [E], with ``bias`` only.
     """
 
+    config: TopKConfig
     bias: nn.Parameter | None
 
     def __init__(self, config: TopKConfig, site: RouterSite):
@@ -41,9 +44,9 @@ class TopKRouter(TokenChoiceRouter):
         self.register_parameter("bias", site.parameter(site.num_experts) if config.bias else None)
 
     def init_weights(self, draw: Draw) -> None:
-        """Xavier normal, standard deviation sqrt(2 / (D + E)); zero bias."""
+        """Standard deviation sqrt(2 / (D + E)); zero bias."""
         super().init_weights(draw)
-        fill_xavier_normal(self.weight, draw("weight"))
+        fill_xavier(self.weight, draw("weight"), self.config.init)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
