@@ -13,7 +13,8 @@ from typing import Any
 from moedist.bench.program import Question, answer
 from moedist.config import ConfigError
 from moedist.config.exit_codes import ExitCode
-from moedist.launch.start import last_line, plan_ranks, run_ranks
+from moedist.launch.outcome import last_line
+from moedist.launch.start import plan_ranks, run_ranks
 from moedist.mesh import Mesh
 from moedist.mesh.mesh import choose_device
 from moedist.train.config import LaunchConfig
