@@ -18,7 +18,7 @@ from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.contract import DispatchConfig
-from moedist.moe.experts.contract import ExpertsConfig
+from moedist.moe.experts.contract import Experts, ExpertsConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import SharedExpert
@@ -28,7 +28,7 @@ from moedist.moe.placement import Placement
 from moedist.moe.plan import plan_capacity
 from moedist.moe.report import MoEReport
 from moedist.moe.routed import RoutedLayer, check_routing
-from moedist.moe.router.contract import RouterConfig
+from moedist.moe.router.contract import Router, RouterConfig
 from moedist.moe.router.topk import TopKConfig
 
 
@@ -108,10 +108,30 @@ class MoEConfig(Config):
     ) -> MoE:
         """A layer for [*, dim] vectors on one device, initialised unless it is on the meta device; ``layer`` is its
         place in the model and names its noise."""
-        moe = MoE(self, dim, layer, device, dtype)
+        moe = MoE(
+            self,
+            self.router.build(dim, self.num_experts, layer=layer, device=device, dtype=dtype),
+            self.experts.build(dim, self.num_experts, device=device, dtype=dtype),
+            layer=layer,
+            shared=self.build_shared(dim, device, dtype),
+        )
         if not any(parameter.is_meta for parameter in moe.parameters()):
             moe.init_weights(named_draw(0, f"layer.{layer}"))
         return moe
+
+    def build_shared(
+        self, dim: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> SharedExpert | None:
+        """The expert that every token runs through, of the kind of the routed ones."""
+        if self.shared_hidden_dim is None:
+            return None
+        shared = LoopConfig(
+            hidden_dim=self.shared_hidden_dim,
+            activation=getattr(self.experts, "activation", "swiglu"),
+            bias=getattr(self.experts, "bias", False),
+            init=getattr(self.experts, "init", "xavier_normal"),
+        )
+        return SharedExpert(shared.build(dim, 1, device=device, dtype=dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,30 +143,30 @@ class MoEOutput:
 
 
 class MoE(RoutedLayer):
-    """Router, plan, bank, report. Written for one device; `spread` moves the bank's experts over ranks."""
+    """Router, plan, bank, report. Written for one device; `spread` moves the bank's experts over ranks.
+
+    Args:
+        config: of everything but ``router`` and ``experts``, which may be others than it would build.
+        router: of as many experts as ``config`` has.
+        experts: all of them.
+        layer: place of the layer in the model; names its noise.
+        shared: an expert that every token runs through beside the routed ones.
+    """
 
     config: MoEConfig
 
     def __init__(
         self,
         config: MoEConfig,
-        dim: int,
-        layer: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        router: Router,
+        experts: Experts,
+        *,
+        layer: int = 0,
+        shared: SharedExpert | None = None,
     ):
-        super().__init__(config, dim, layer, device, dtype)
-        experts = config.experts.build(dim, config.num_experts, device=device, dtype=dtype)
+        super().__init__(config, router, layer)
         self.bank = config.bank.build(experts, config.dispatch)
-        self.shared: SharedExpert | None = None
-        if config.shared_hidden_dim is not None:
-            shared = LoopConfig(
-                hidden_dim=config.shared_hidden_dim,
-                activation=getattr(config.experts, "activation", "swiglu"),
-                bias=getattr(config.experts, "bias", False),
-                init=getattr(config.experts, "init", "xavier_normal"),
-            )
-            self.shared = SharedExpert(shared.build(dim, 1, device=device, dtype=dtype))
+        self.shared = shared
 
     def forward(self, x_TD: Tensor, ctx: TokenContext) -> MoEOutput:
         """[T, D] -> [T, D] and the report of what happened to every pair."""

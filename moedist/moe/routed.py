@@ -17,7 +17,7 @@ from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.report import CountedMass, MoEReport
-from moedist.moe.router.contract import RouterConfig, Routing
+from moedist.moe.router.contract import Router, RouterConfig, Routing
 
 
 class RoutingRules(Protocol):
@@ -90,17 +90,10 @@ class RoutedLayer(nn.Module):
 
     config: RoutingRules
 
-    def __init__(
-        self,
-        config: RoutingRules,
-        dim: int,
-        layer: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
+    def __init__(self, config: RoutingRules, router: Router, layer: int):
         super().__init__()
         self.config, self.layer, self.dp = config, layer, Axis("dp")
-        self.router = config.router.build(dim, config.num_experts, layer=layer, device=device, dtype=dtype)
+        self.router = router
         methods = {name: method.build(config.num_experts) for name, method in config.balance.items()}
         self.losses = nn.ModuleDict({name: part for name, part in methods.items() if isinstance(part, BalanceLoss)})
         self.bias_rules = nn.ModuleDict({n: part for n, part in methods.items() if isinstance(part, BalanceBias)})

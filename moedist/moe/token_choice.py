@@ -155,6 +155,11 @@ class TokenChoiceConfig(RouterConfig):
                 stacklevel=2,
             )
 
+    @property
+    def draws_noise(self) -> bool:
+        """With gaussian noise or jitter."""
+        return self.noise_std > 0 or self.input_jitter > 0
+
     def experts_per_token(self, num_experts: int) -> int:  # noqa: D102
         return num_experts if self.mode == "dense" else self.top_k
 

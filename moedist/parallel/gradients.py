@@ -48,10 +48,13 @@ class GradientTable:
     Attributes:
         spread_of: by name.
         device: where collectives run; gradients may lie on the host.
+        cut_over: the lines of ranks over which parameters are cut, on some rank if not on this one; the norm adds over
+            them in this order.
     """
 
     spread_of: dict[str, ParameterSpread]
     device: torch.device
+    cut_over: tuple[Axis, ...] = ()
 
     def sum_copies(self, model: nn.Module) -> None:
         """Sums every gradient that backward has not summed over the ranks that hold a copy; in place."""
@@ -68,16 +71,15 @@ class GradientTable:
     def norm(self, model: nn.Module) -> Tensor:
         """0-dim: the 2-norm of the whole model's (summed) gradient, each logical parameter counted once; equal on all
         ranks."""
-        squares: dict[Axis | None, list[Tensor]] = {}
+        grads_of: dict[Axis | None, list[Tensor]] = {axis: [] for axis in (None, *self.cut_over)}
         for spread, grad in self._gradients(model):
-            squares.setdefault(spread.pieces, []).append(grad)
-        total: Tensor | None = None
-        for axis, grads in squares.items():
-            square = torch.stack(torch._foreach_norm(grads)).square().sum().to(self.device)
-            if axis is not None:
-                square = all_sum(square, axis)
-            total = square if total is None else total + square
-        assert total is not None, "a model without trainable parameters"
+            grads_of[spread.pieces].append(grad)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for axis, grads in grads_of.items():
+            square = torch.zeros_like(total)
+            if grads:
+                square = torch.stack(torch._foreach_norm(grads)).double().square().sum().to(self.device)
+            total = total + (square if axis is None else all_sum(square, axis))
         return total.sqrt()
 
     def scale(self, model: nn.Module, factor: float) -> None:

@@ -6,6 +6,9 @@ up instead (docs/decisions/0002); a rank's share times the number of ranks is it
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,8 +29,8 @@ def spread_as_guest(model: nn.Module, mesh: Mesh) -> dict[str, nn.Parameter]:
     weights, accumulation included. DDP leaves the experts alone when it wraps this very ``model``.
 
     Returns:
-        The experts' parameters (DTensors) by name: for an optimizer group of their own, and for ``fully_shard`` to
-        ignore.
+        This rank's experts' parameters by name (DTensors, or of experts that are modules plain tensors): for an
+        optimizer group of their own, and for ``fully_shard`` to ignore.
 
     Raises:
         ConfigError: a layer cannot be spread over this many ranks.
@@ -38,21 +41,25 @@ def spread_as_guest(model: nn.Module, mesh: Mesh) -> dict[str, nn.Parameter]:
         raise ValueError("a mesh with fsdp cuts every weight, which here is the wrapper's part: take adopt_mesh's")
     names = experts_to_spread(model)
     spread(model, mesh)
-    experts = {name: model.get_parameter(name) for name in names}
-    for parameter in experts.values():
-        if parameter.requires_grad and mesh.dp.size > 1:
+    experts = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    trained = [parameter for parameter in experts.values() if parameter.requires_grad and mesh.dp.size > 1]
+    for parameter in trained:
+        if isinstance(parameter, DTensor):
             parameter.register_hook(lambda grad: _mean(grad, mesh))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    modules = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+    if modules:
+        MeanTogether(modules, mesh)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
     return experts
 
 
-def experts_to_spread(model: nn.Module) -> list[str]:
-    """Names of the experts' parameters of somebody's model.
+def experts_to_spread(model: nn.Module) -> set[str]:
+    """Names of the experts' parameters and buffers in somebody's model.
 
     Raises:
         ValueError: it holds none, or they are spread already, or the model is wrapped already.
     """
-    found = []
+    found: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | FSDPModule):
             raise ValueError(
@@ -60,12 +67,12 @@ def experts_to_spread(model: nn.Module) -> list[str]:
                 "whole experts: spread them first, wrap then"
             )
         if isinstance(module, MoE):
-            own = {f"{name}.{key}".lstrip("."): value for key, value in module.named_parameters()}
-            experts = set(module.bank.experts.parameters())
-            lie_whole = len(module.bank.experts.expert_ids) == module.config.num_experts
-            if not lie_whole or any(isinstance(parameter, DTensor) for parameter in experts):
+            experts = module.bank.experts
+            lie_whole = len(experts.expert_ids) == module.config.num_experts
+            if not lie_whole or any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
                 raise ValueError(f"{name or 'the layer'} is spread already: spread a model once")
-            found += [key for key, value in own.items() if value in experts]
+            own = (*experts.named_parameters(), *experts.named_buffers())
+            found |= {f"{name}.bank.experts.{key}".lstrip(".") for key, _ in own}
     if not found:
         raise ValueError(f"{type(model).__name__} holds no MoE layer: there is nothing to spread")
     return found
@@ -74,16 +81,45 @@ def experts_to_spread(model: nn.Module) -> list[str]:
 def _mean(grad: Tensor, mesh: Mesh) -> Tensor:
     """Sum over the ranks that hold the same experts, divided by *all* ranks: an expert's gradient holds the tokens of
     its whole expert-parallel group already."""
-    assert isinstance(grad, DTensor)
-    mean = all_sum(grad.to_local() / mesh.dp.size, mesh.edp)
-    return DTensor.from_local(mean, grad.device_mesh, grad.placements, run_check=False)
+    mean = all_sum((grad.to_local() if isinstance(grad, DTensor) else grad) / mesh.dp.size, mesh.edp)
+    if isinstance(grad, DTensor):
+        return DTensor.from_local(mean, grad.device_mesh, grad.placements, run_check=False)
+    return mean
+
+
+class MeanTogether:
+    """The mean for experts that are modules: all at once when backward ends.
+
+    Their gradients arrive in an order that depends on which of them a rank has called, and so differs between ranks,
+    where a collective needs one order.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mesh: Mesh):
+        self._parameters, self._mesh = parameters, mesh
+        self._arrived: dict[nn.Parameter, Tensor] = {}
+        for parameter in parameters:
+            parameter.register_hook(functools.partial(self._arrive, parameter))
+
+    def _arrive(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        """Keeps the gradient; zeros join ``parameter.grad`` in its place."""
+        if not self._arrived:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self._arrived[parameter] = grad
+        return torch.zeros_like(grad)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        for parameter in self._parameters:
+            mean = _mean(self._arrived.pop(parameter, torch.zeros_like(parameter)), self._mesh)
+            parameter.grad = mean if parameter.grad is None else parameter.grad + mean
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """Scales the gradients of ``model`` so that their norm is at most ``max_norm``; collective, called by every rank.
 
     torch's ``clip_grad_norm_`` cannot add up plain tensors and DTensors of several meshes. Here a DTensor says itself
-    how it lies: the squares of its pieces are summed over the ranks that hold them, and copies count once.
+    how it lies, and of experts that are modules their bank does: the squares of pieces are summed over the ranks that
+    hold them, and copies count once.
 
     Args:
         model: gradients complete, as backward leaves them in DDP or FSDP2.
@@ -93,11 +129,14 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
         0-dim: the 2-norm of the whole model's gradient before the clip, equal on all ranks. Where it is not finite the
         gradients become so too: skip the step.
     """
-    grads_of: dict[tuple[Axis, ...], list[Tensor]] = {}
+    banks = [layer.bank for layer in model.modules() if isinstance(layer, MoE)]
+    of_expert = {parameter: (bank.ep,) for bank in banks for parameter in bank.experts.parameters()}
+    # Filed by what every rank has, banks and dense parameters: without a gradient a rank still takes part in the sums.
+    grads_of: dict[tuple[Axis, ...], list[Tensor]] = {(bank.ep,): [] for bank in banks}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # Filed by the parameter, which every rank has: without a gradient a rank still takes part in the sums.
-            grads = grads_of.setdefault(_pieces(parameter), [])
+            whole = of_expert.get(parameter, ())
+            grads = grads_of.setdefault(_pieces(parameter) if isinstance(parameter, DTensor) else whole, [])
             if parameter.grad is not None:
                 grads.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
@@ -117,10 +156,8 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     return total
 
 
-def _pieces(parameter: Tensor) -> tuple[Axis, ...]:
-    """The lines of ranks over which a parameter is cut."""
-    if not isinstance(parameter, DTensor):
-        return ()
+def _pieces(parameter: DTensor) -> tuple[Axis, ...]:
+    """The lines of ranks over which a DTensor is cut."""
     mesh = parameter.device_mesh
     return tuple(
         Axis(f"dim {dim}", mesh.size(dim), mesh.get_local_rank(dim), mesh.get_group(dim).group_name)

@@ -28,9 +28,10 @@ def spread(
 ) -> GradientTable:
     """Shards the experts of every MoE layer over ``mesh.ep``, in place, and where ``mesh.fsdp`` says so every weight.
 
-    The experts' weights become DTensors cut along their first dim, so that a checkpoint knows them by global id;
-    compute sees this rank's part. Attention experts, which are unlike modules, are a rank's own under names with their
-    global ids, or lie on every rank. Works on the meta device: spread first, give storage and values afterwards.
+    The experts' stacked weights become DTensors cut along their first dim, so that a checkpoint knows them by global
+    id; compute sees this rank's part. Experts that are modules are a rank's own under names with their global ids;
+    those of attention may lie on every rank. Works on the meta device: spread first, give storage and values
+    afterwards.
 
     Args:
         model: whole, on one device or meta.
@@ -71,7 +72,8 @@ def spread(
             return ParameterSpread(role, copies=mesh.edp, pieces=mesh.ep)
         return ParameterSpread(role, copies=mesh.dp, pieces=None)
 
-    return GradientTable({name: of(name, role) for name, role in roles.items()}, mesh.device)
+    cut_over = (mesh.ep,) if mesh.fsdp is None else (mesh.fsdp.pieces, mesh.ep)
+    return GradientTable({name: of(name, role) for name, role in roles.items()}, mesh.device, cut_over)
 
 
 def _shard(experts: nn.Module, mesh: Mesh) -> None:

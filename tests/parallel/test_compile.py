@@ -48,9 +48,9 @@ def compiled(here: Here, backend: str, layouts: list, steps: int = 2) -> list[tu
         counters.clear()
         real_step, graphs = trainer.engine.step, []
 
-        def step(real_step=real_step, graphs=graphs) -> float:
+        def step(*args, real_step=real_step, graphs=graphs) -> float:
             graphs.append(counters["stats"]["unique_graphs"])
-            return real_step()
+            return real_step(*args)
 
         trainer.engine.step = step
         got = run_steps(trainer, steps)

@@ -158,7 +158,8 @@ class AttentionMixture(RoutedLayer):
     config: MixtureConfig
 
     def __init__(self, config: MixtureConfig, site: ExpertSite, layer: int, output_std: float | None):
-        super().__init__(config, site.dim, layer, site.device, site.dtype)
+        router = config.router.build(site.dim, config.num_experts, layer=layer, device=site.device, dtype=site.dtype)
+        super().__init__(config, router, layer)
         self.site, self.output_std = site, output_std
         self.bank: AttentionBank = ReplicatedBank(config.experts, site)
         self.output_weight = site.parameter(site.dim, site.dim)

@@ -24,14 +24,16 @@ class SwitchConfig(ScopedLossConfig):
     gradient would die); P_i is the mean of the full distribution and carries the gradient.
 
     Attributes:
-        count: which pairs f counts: ``all``, or tokens' ``first`` choices alone (GShard, DeepSpeed's top-2).
+        count: which pairs f counts: ``all``; tokens' ``first`` choices alone (GShard, DeepSpeed's top-2); or those that
+            are ``used``, with a probability above 1 / (2 E): for dense routing, where all pairs are one per token and
+            expert, whatever the router says.
         layers: ``each`` has a loss of its own; ``pooled``: one loss for the model, f and P being those of the tokens of
             all its MoE layers together (transformers' Mixtral). transformers doesn't divide f by K: its loss is K times
             this one, 1 here being K there, so a ``router_aux_loss_coef`` of c is a coefficient of K c.
     """
 
     coefficient: float = 0.01
-    count: Literal["all", "first"] = "all"
+    count: Literal["all", "first", "used"] = "all"
     layers: Literal["each", "pooled"] = "each"
 
     @property
@@ -42,7 +44,7 @@ class SwitchConfig(ScopedLossConfig):
     def check(self, router: Router) -> None:
         """First choices are tokens'."""
         require(
-            self.count == "all" or router.has_first_choices,
+            self.count != "first" or router.has_first_choices,
             "count",
             self.count,
             "needs a router in which tokens choose",
@@ -95,5 +97,7 @@ class SwitchLoss(BalanceLoss):
             valid_N = valid_N & routing.live_N
         if self.config.count == "all":
             return valid_N
+        if self.config.count == "used":
+            return valid_N & (routing.probs_TE.detach()[routing.token_N, routing.expert_N] > 0.5 / self.num_experts)
         assert routing.pairs_per_token is not None, "only token choice has first choices"
         return valid_N & (torch.arange(valid_N.shape[0], device=valid_N.device) % routing.pairs_per_token == 0)

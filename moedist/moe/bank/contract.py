@@ -20,14 +20,17 @@ class Bank(nn.Module):
 
     Attributes:
         experts: this rank's experts.
+        placement, ep: which experts live on which of these ranks.
         static: whether no shape depends on data, so that the layer compiles into one graph.
     """
 
     experts: Experts
+    placement: Placement
+    ep: Axis
     static: bool = False
 
     def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
-        """[T, D] -> [T, D]; zero for a token without a kept pair."""
+        """[T, D] -> [T, D], or whatever width the experts give; zero for a token without a kept pair."""
         raise NotImplementedError
 
     def spread(self, placement: Placement, ep: Axis) -> None:

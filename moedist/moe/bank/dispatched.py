@@ -29,7 +29,8 @@ class DispatchedBank(Bank):
     def __init__(self, experts: Experts, dispatch: DispatchConfig):
         super().__init__()
         self.experts, self.dispatch, self.static = experts, dispatch, dispatch.static
-        self.dispatcher = dispatch.build(Placement.in_order(len(experts.expert_ids), 1), Axis("ep"))
+        self.placement, self.ep = Placement.in_order(len(experts.expert_ids), 1), Axis("ep")
+        self.dispatcher = dispatch.build(self.placement, self.ep)
 
     def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -44,4 +45,5 @@ class DispatchedBank(Bank):
     def spread(self, placement: Placement, ep: Axis) -> None:
         """Keeps this rank's experts and moves rows over ``ep``."""
         self.experts.keep(placement.expert_ids[ep.rank])
+        self.placement, self.ep = placement, ep
         self.dispatcher = self.dispatch.build(placement, ep)

@@ -39,6 +39,7 @@ class LocalBank(Bank):
     def __init__(self, config: LocalConfig, experts: Experts):
         super().__init__()
         self.config, self.experts = config, experts
+        self.placement, self.ep = Placement.in_order(len(experts.expert_ids), 1), Axis("ep")
 
     def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -52,7 +53,8 @@ class LocalBank(Bank):
             sizes=tuple(plan.kept_E.tolist()),
             ends_e=plan.kept_E.cumsum(0).to(torch.int32),
         )
-        return torch.zeros_like(x_TD).index_add(0, token_R, self.experts(rows).to(x_TD.dtype))
+        y_RD = self.experts(rows).to(x_TD.dtype)
+        return y_RD.new_zeros(x_TD.shape[0], y_RD.shape[1]).index_add(0, token_R, y_RD)
 
     def spread(self, placement: Placement, ep: Axis) -> None:
         """Only over one rank."""

@@ -41,8 +41,8 @@ class Experts(nn.Module):
     expert_ids: tuple[int, ...]
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R, D]: ``gate * expert(x)`` row by row. Every parameter takes part, so that one without rows gets a zero
-        gradient and not None."""
+        """[R, D]: ``gate * expert(x)`` row by row; experts may give another width than they take. Every parameter takes
+        part, so that one without rows gets a zero gradient and not None."""
         raise NotImplementedError
 
     def keep(self, expert_ids: Sequence[int]) -> None:

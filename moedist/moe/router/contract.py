@@ -162,6 +162,11 @@ class RouterConfig(Choice, path="moe.router"):
         return True
 
     @property
+    def draws_noise(self) -> bool:
+        """Whether routing in training depends on numbers that are drawn anew at every step (`TokenContext.step`)."""
+        return False
+
+    @property
     def has_own_capacity(self) -> bool:
         """Whether the router itself bounds how many pairs an expert gets."""
         return False

@@ -22,6 +22,11 @@ class NoisyConfig(TokenChoiceConfig):
     ``noise_std`` is a constant part of the standard deviation, added to the learned one.
     """
 
+    @property
+    def draws_noise(self) -> bool:
+        """Always: softplus is above 0."""
+        return True
+
     def build_at(self, site: RouterSite) -> NoisyRouter:
         return NoisyRouter(self, site)
 
