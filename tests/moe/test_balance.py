@@ -105,6 +105,7 @@ def test_counts_carry_no_gradient_and_probabilities_do():
     torch.testing.assert_close(logits_TE.grad, again_TE.grad, atol=1e-15, rtol=0)
 
 
+@pytest.mark.requirement("R2-61")
 def test_z_loss_by_hand_and_without_padding():
     logits_TE = torch.tensor([[1.0, 2.0], [0.0, 0.0], [7.0, 7.0]], dtype=torch.float64)
     ctx = TokenContext.of_rows(1, 3, valid_T=torch.tensor([True, True, False]))
@@ -315,7 +316,7 @@ def test_C8_1_is_no_lower_bound(num_experts):
     assert loss == pytest.approx(1 - (num_experts - 1) / (4 * num_experts), abs=1e-12)
 
 
-@pytest.mark.requirement("G11")
+@pytest.mark.requirement("G11", "R2-16", "D10", "C15", "R1-14")
 def test_D11_the_coefficient_acts_once_on_the_switch_form():
     """Even use gives 0.01, collapse to one of four 0.04; applied twice it would be 0.0001."""
     case, ctx = GOLDEN["G11"], TokenContext.of_rows(1, 8)

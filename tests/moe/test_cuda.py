@@ -67,6 +67,7 @@ def test_grouped_equals_loop(dispatch: DispatchConfig, dtype: torch.dtype) -> No
         assert (value - reference).abs().max() <= tolerance * reference.abs().max()
 
 
+@pytest.mark.requirement("R1-34")
 @pytest.mark.parametrize(("dispatch", "waits"), [(PaddedConfig(), 0), (AllToAllConfig(), 1)])
 def test_host_waits_per_layer(dispatch: DispatchConfig, waits: int) -> None:
     layer = config_of(dispatch).build(32).to("cuda", torch.bfloat16)

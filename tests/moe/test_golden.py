@@ -91,7 +91,7 @@ def test_deepspeed_gates(name):
         assert loss.item() == pytest.approx(expected["l_aux"], abs=2e-6)
 
 
-@pytest.mark.requirement("G1")
+@pytest.mark.requirement("G1", "R1-21", "R2-13")
 def test_softmax_top_2_and_logsumexp():
     case, ctx = ROUTING["G1"], TokenContext.of_rows(1, 1)
     routing = route_logits(torch.tensor([case["logits"]], dtype=torch.float64), ctx, top_k=2)
@@ -239,7 +239,7 @@ def test_noise_has_the_documented_deviation():
     assert noise_TE.std().item() / 0.3 != pytest.approx(case["entrenar_actual_std_factor"], rel=0.1)
 
 
-@pytest.mark.requirement("G16")
+@pytest.mark.requirement("G16", "R2-17")
 def test_zero_input():
     """G16: equal logits."""
     case, ctx = ROUTING["G16_zero_input"], TokenContext.of_rows(1, 1)
@@ -295,6 +295,7 @@ def counts_of(config: MoEConfig, dim: int) -> dict[str, int]:
     return {"expert": expert, "experts": experts, "router": router, "total": experts + router}
 
 
+@pytest.mark.requirement("R2-09")
 def test_G8_parameter_counts():
     case = ROUTING["G8"]
     settings = {

@@ -396,6 +396,7 @@ def test_the_plan_compiles_whole(policy, group, overflow):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+@pytest.mark.requirement("R1-34")
 @pytest.mark.parametrize("policy", ["probability", "gate", "choice", "token", "random"])
 @pytest.mark.parametrize("factor", [1.0, None])
 def test_the_padded_layer_never_asks_the_host(policy, factor):

@@ -134,7 +134,7 @@ def test_first_values_have_xavier_spread_and_follow_the_seed():
     assert not torch.equal(first, router.weight)
 
 
-@pytest.mark.requirement("R0-05")
+@pytest.mark.requirement("R0-05", "R2-14")
 @pytest.mark.parametrize(
     ("config", "key", "said"),
     [
@@ -170,6 +170,7 @@ def test_R0_24_probabilities_of_large_logits():
     assert torch.equal(probs_TE.argmax(1), logits_TE.argmax(1))
 
 
+@pytest.mark.requirement("R2-15")
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_C3_softmax_before_or_after_the_choice(top_k):
     logits_TE = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

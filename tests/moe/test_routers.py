@@ -19,6 +19,7 @@ from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.init import named_draw
 from moedist.moe.layer import MoEConfig
+from moedist.moe.plan import plan_capacity
 from moedist.moe.router.cosine import CosineConfig
 from moedist.moe.router.expert_choice import ExpertChoiceConfig
 from moedist.moe.router.forced import ForcedConfig
@@ -136,7 +137,7 @@ class TestNoisy:
 
 
 class TestMLP:
-    @pytest.mark.requirement("C2")
+    @pytest.mark.requirement("C2", "R2-08", "R2-09", "R2-12")
     def test_by_hand(self):
         router = built(MLPConfig(top_k=2, hidden_dim=5, temperature=0.5), num_experts=4)
         with torch.no_grad():
@@ -149,6 +150,25 @@ class TestMLP:
             expected = (router.weight @ hidden + router.bias) / 0.5
             torch.testing.assert_close(logits_TE[token], expected)
 
+    def test_R2_10_first_values(self):
+        """Within the bounds of Xavier uniform, and near them; zero biases."""
+        router = MLPConfig(hidden_dim=256).build(512, 4)
+        router.init_weights(named_draw(0))
+        for weight, bound in ((router.hidden_weight, 0.088388), (router.weight, 0.151911)):
+            assert 0.98 * bound < weight.abs().max().item() <= bound * (1 + 1e-5)
+        assert not router.hidden_bias.any() and not router.bias.any()
+
+    def test_R2_17_extreme_zero_and_equal_input(self):
+        router = built(MLPConfig(top_k=2), num_experts=4)
+        for value in (100.0, 1e4, 0.0, -100.0):
+            routing = router(torch.full((5, DIM), value, dtype=torch.float64), TokenContext.of_rows(1, 5))
+            assert routing.gate_N.isfinite().all() and (routing.gate_N >= 0).all()
+            torch.testing.assert_close(routing.gate_N.view(5, 2).sum(1), torch.ones(5).double(), atol=1e-12, rtol=0)
+            assert (routing.expert_N.view(5, 2) == routing.expert_N[:2]).all(), "equal vectors go alike"
+            plan = plan_capacity(routing, TokenContext.of_rows(1, 5), CapacityConfig(factor=None))
+            assert plan.asked_E.sum() == 10
+
+    @pytest.mark.requirement("R2-11")
     def test_temperature_schedule(self):
         """From 4 to 1 in 6 steps, linearly, and constant after; chosen experts don't depend on it."""
         router = built(MLPConfig(top_k=2, temperature=4.0, final_temperature=1.0, temperature_steps=6))
@@ -390,6 +410,7 @@ def test_a_bias_needs_a_selection_to_move(router):
     assert caught.value.key == "balance.bias.kind" and "bias" in str(caught.value)
 
 
+@pytest.mark.requirement("R2-61")
 @pytest.mark.parametrize("router", [SinkhornConfig(), ExpertChoiceConfig()], ids=lambda router: router.kind)
 def test_routers_that_look_at_other_tokens_are_refused_in_a_causal_model(router):
     moe = MoEConfig(router=router, capacity=CapacityConfig(factor=None), balance={})
