@@ -631,3 +631,30 @@ def test_R3_20_dropout():
         with pytest.raises(ConfigError, match="is no share to drop") as caught:
             MoEConfig(dropout=dropout)
         assert caught.value.key == "dropout"
+
+
+def trained(seed: int, **balance: SwitchConfig) -> torch.Tensor:
+    """Loads after 100 steps of a linear task, by a router that prefers the first expert to begin with."""
+    generator = torch.Generator().manual_seed(seed)
+    capacity, experts = CapacityConfig(factor=None), LoopConfig(hidden_dim=16)
+    layer = MoEConfig(4, TopKConfig(top_k=1), capacity, experts=experts, balance=balance).build(8)
+    with torch.no_grad():
+        layer.router.weight[:, 0] = torch.tensor([1.0, 0, 0, 0])
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    task = torch.randn(8, 8, generator=generator)
+    for _ in range(100):
+        x_TD = torch.randn(64, 8, generator=generator)
+        x_TD[:, 0] = 2.0
+        output = layer(x_TD, TokenContext.of_rows(4, 16))
+        loss = (output.out_TD - x_TD @ task).square().mean() / 8
+        (loss + sum(balance[name].coefficient * value for name, value in output.report.losses.items())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return output.report.asked_E
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_R2_59_balance_prevents_collapse(seed):
+    """Left alone, some expert gets nothing any more; with the loss, each has its share."""
+    assert trained(seed).min() == 0
+    assert trained(seed, switch=SwitchConfig(0.3)).min() >= 5
