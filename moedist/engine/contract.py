@@ -96,6 +96,12 @@ class EngineConfig(Choice, path="engine"):
         """Whether weights that ``mesh.fsdp`` cuts, their gradients and what the optimizer keeps lie on the host."""
         return False
 
+    @property
+    def alike(self) -> str | None:
+        """Why all ranks must have the same parameters beside the experts of MoE layers, as the rest of a sentence; None
+        where they need not."""
+        return None
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """Raises `ConfigError`, with full keys, where this engine cannot run such a step on such a mesh."""
 

@@ -58,6 +58,11 @@ class DeepSpeedConfig(EngineConfig):
             "Set it to 2, or use engine=native with mesh.fsdp, which shards the parameters too.",
         )
 
+    @property
+    def alike(self) -> str:
+        """It knows experts as stacked weights, cut along their first dim."""
+        return "DeepSpeed sums the gradients of all other weights over all ranks"
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """See the contract."""
         require(

@@ -16,6 +16,7 @@ from moedist.launch.folder import check_folder
 from moedist.launch.resume import check_resume
 from moedist.model.contract import LanguageModel
 from moedist.moe.layer import MoE
+from moedist.moe.routed import RoutedLayer
 from moedist.train.build import PARAMETER_DTYPES
 from moedist.train.config import RunConfig
 
@@ -141,6 +142,8 @@ def _check_layout(config: RunConfig, world_size: int) -> list[ConfigError]:
     layout = config.mesh.ep, config.ranks_per_node(world_size)
     errors += _check("moe", config.moe.check_spread, *layout)
     errors += _check("model", config.model.check_spread, *layout)
+    if config.alike is not None and config.mesh.ep > 1:
+        errors += _check("model", config.model.check_alike, config.alike)
     for name, sink in config.log.sinks.items():
         errors += _check(f"log.sinks.{name}", sink.check)
     step, step_errors = _optimizer_step(config, world_size)
@@ -174,8 +177,8 @@ def _check_model(config: RunConfig, mapping: Mapping[str, Any], vocab_size: int)
     def build() -> None:
         model = config.model.build(vocab_size, config.moe, device="meta", dtype=dtype)
         for layer in model.modules():
-            if isinstance(layer, MoE):
-                layer.router.check_model(model.moe_blocks)
+            if isinstance(layer, RoutedLayer):  # no trace speaks of the layers of attentions
+                layer.router.check_model(model.moe_blocks if isinstance(layer, MoE) else ())
         built.append(model)
 
     errors = _check("model", build)

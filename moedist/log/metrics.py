@@ -22,6 +22,8 @@ from moedist.moe.plan import DROP_REASONS
 ASKED, KEPT, DROPPED = 0, 1, 2
 """Rows of ``count_LME``; behind ``DROPPED`` stands one row for each of the `DROP_REASONS`."""
 Z_LOSS = "z_loss"
+MOE, ATTENTION = FAMILIES = ("moe", "attention")
+"""Where keys of routed layers begin: of MoE layers, and of attentions that route. Each family's loads are one table."""
 LAYERS, EXPERTS = "moe/layers", "moe/experts"
 """Where the keys of columns and of [L, E] arrays begin."""
 
@@ -139,8 +141,8 @@ def _excess(most: float, mean: float) -> float:
     return most / mean - 1 if mean > 0 else 0.0
 
 
-def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
-    """The ``moe/`` part of a record.
+def moe_metrics(moe: MoEStep, step: int, dead_window: int, family: str = MOE) -> dict[str, Value]:
+    """The ``moe/`` part of a record, or that of another family of `FAMILIES`.
 
     A quantity that no layer has gets no key; a loss that is not on in every layer is the mean over all MoE layers.
     """
@@ -166,12 +168,12 @@ def moe_metrics(moe: MoEStep, step: int, dead_window: int) -> dict[str, Value]:
     totals |= {name: norm_L.square().mean().sqrt() for name, norm_L in norms.items()}
     totals |= {f"{name}_scaled": value_L.sum() for name, value_L in _losses(moe.loss_names, moe.scaled_LJ).items()}
     columns = averaged | worst | counted | shares | norms
-    record: dict[str, Value] = {f"moe/{name}": value.item() for name, value in totals.items()}
-    record[f"{LAYERS}/block"] = list(moe.blocks)
-    record |= {f"{LAYERS}/{name}": value_L.tolist() for name, value_L in columns.items()}
+    record: dict[str, Value] = {f"{family}/{name}": value.item() for name, value in totals.items()}
+    record[f"{family}/layers/block"] = list(moe.blocks)
+    record |= {f"{family}/layers/{name}": value_L.tolist() for name, value_L in columns.items()}
     names = ("load", "kept", *(f"dropped_{reason}" for reason in DROP_REASONS))
-    record |= {f"{EXPERTS}/{name}": moe.count_LME[:, place].numpy() for place, name in enumerate(names)}
-    record |= {f"{EXPERTS}/{name}": norm_LE.float().numpy() for name, norm_LE in moe.norm_LE.items()}
+    record |= {f"{family}/experts/{name}": moe.count_LME[:, place].numpy() for place, name in enumerate(names)}
+    record |= {f"{family}/experts/{name}": norm_LE.float().numpy() for name, norm_LE in moe.norm_LE.items()}
     return record
 
 

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 
 METRICS, EXPERTS = "metrics.jsonl", "experts.bin"
+ATTENTION_EXPERTS = "attention_experts.bin"
+"""As ``experts.bin``, of attentions that route."""
 MAGIC = b"MOEXPERT"
 HEAD = struct.Struct("<8sqII")
 
@@ -62,7 +64,7 @@ class Frame:
 
 
 class ExpertsFile:
-    """Reads ``experts.bin`` of a run folder; may be opened while the run writes.
+    """Reads ``experts.bin`` of a run folder, or another file of its form; may be opened while the run writes.
 
     Attributes:
         steps: steps that have arrays, growing; of a step that a resumed run did again, the last one counts.
@@ -70,8 +72,8 @@ class ExpertsFile:
         names: of the arrays that every step has.
     """
 
-    def __init__(self, run: Path):
-        self._path = run / EXPERTS
+    def __init__(self, run: Path, name: str = EXPERTS):
+        self._path = run / name
         self._frames: dict[int, Frame] = {}
         if self._path.exists():
             self._frames = {frame.step: frame for frame in whole_frames(self._path.read_bytes())}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moedist.log.metrics import EXPERTS, LAYERS
+from moedist.log.metrics import FAMILIES, LAYERS, MOE
 from moedist.log.sink.contract import Value
 
 Scalar = float | int | str | bool
@@ -32,13 +32,18 @@ class Row:
         scalars: one series each.
         histograms: one bar per expert by global id: ``moe/layer_00/load``.
         tables: columns over layers that found no room as series: ``moe/layers/max_vio``.
-        blocks: the blocks that the columns are of.
+        blocks_by_family: the blocks that the columns of each family of routed layers are of.
     """
 
     scalars: dict[str, Scalar]
     histograms: dict[str, np.ndarray]
     tables: dict[str, Sequence[float]]
-    blocks: Sequence[int]
+    blocks_by_family: Mapping[str, Sequence[int]]
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Those of MoE layers."""
+        return self.blocks_by_family[MOE]
 
 
 class Series:
@@ -55,22 +60,23 @@ class Series:
 
     def row(self, record: Mapping[str, Value]) -> Row:
         """One record."""
-        blocks = blocks_of(record)
-        columns = {key: value for key, value in record.items() if isinstance(value, list) and key != BLOCK}
+        blocks = {family: blocks_of(record, family) for family in FAMILIES}
+        lists = {key: value for key, value in record.items() if isinstance(value, list)}
+        columns = {key: value for key, value in lists.items() if not key.endswith("/layers/block")}
         arrays = {key: value for key, value in record.items() if isinstance(value, np.ndarray)}
         scalars = {key: value for key, value in record.items() if isinstance(value, (float, int, str, bool))}
-        if self._chosen is None and blocks:
+        if self._chosen is None and any(blocks.values()):
             self._chosen = self._choose(columns, arrays)
         chosen = self._chosen or set()
         for key in [key for key in columns if key in chosen]:
-            scalars |= of_layers(key, blocks, columns[key])
+            scalars |= of_layers(key, blocks[family_of(key)], columns[key])
         for key in [key for key in arrays if key in chosen]:
-            scalars |= of_experts(key, blocks, arrays[key])
+            scalars |= of_experts(key, blocks[family_of(key)], arrays[key])
         return Row(
             scalars=scalars,
-            histograms=dict(histograms(blocks, arrays)),
+            histograms={k: v for family, own in blocks.items() for k, v in histograms(own, arrays, family)},
             tables={key: column for key, column in columns.items() if key not in chosen},
-            blocks=blocks,
+            blocks_by_family=blocks,
         )
 
     def _choose(self, columns: Mapping[str, Sequence[float]], arrays: Mapping[str, np.ndarray]) -> set[str]:
@@ -110,7 +116,7 @@ class Tables:
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         self._earlier = list(rows)
         self._columns: dict[str, dict[int, Sequence[float]]] = {}
-        self._blocks: Sequence[int] = ()
+        self._blocks: Mapping[str, Sequence[int]] = {}
         self._changed_since = 0
         self.waiting = 0
 
@@ -122,16 +128,16 @@ class Tables:
             for key in row.tables:
                 self._columns[key] = {each["train/step"]: each[key] for each in self._earlier if key in each}
             self._earlier.clear()
-        self._blocks = row.blocks
+        self._blocks = row.blocks_by_family
         for key, column in row.tables.items():
             self._columns.setdefault(key, {})[step] = column
         self.waiting += 1
 
     def flush(self) -> dict[str, Table]:
         """The tables that have changed since the last flush, whole."""
-        names = ["train/step", *(f"layer_{block:02d}" for block in self._blocks)]
         found = {}
         for key, column_of in self._columns.items():
+            names = ["train/step", *(f"layer_{block:02d}" for block in self._blocks[family_of(key)])]
             rows = [[step, *map(float, column_of[step])] for step in sorted(column_of)]
             for begin in range(0, len(rows), MAX_ROWS):
                 part = rows[begin : begin + MAX_ROWS]
@@ -143,36 +149,43 @@ class Tables:
         return found
 
 
-def blocks_of(record: Mapping[str, Value]) -> list[int]:
-    """The blocks of a record's columns; empty for a model without MoE layers."""
-    blocks = record.get(BLOCK, [])
+def family_of(key: str) -> str:
+    """``moe`` of ``moe/layers/max_vio``."""
+    return key.partition("/")[0]
+
+
+def blocks_of(record: Mapping[str, Value], family: str = MOE) -> list[int]:
+    """The blocks of a record's columns; empty for a model without such layers."""
+    blocks = record.get(f"{family}/layers/block", [])
     assert isinstance(blocks, list)
     return blocks
 
 
-def layer_key(block: int, name: str) -> str:
+def layer_key(block: int, name: str, family: str = MOE) -> str:
     """``moe/layer_07/max_vio``."""
-    return f"moe/layer_{block:02d}/{name}"
+    return f"{family}/layer_{block:02d}/{name}"
 
 
 def of_layers(key: str, blocks: Sequence[int], column: Sequence[float]) -> dict[str, Scalar]:
     """A column as series: ``moe/layers/max_vio`` becomes ``moe/layer_00/max_vio`` and so on."""
-    name = key.removeprefix(f"{LAYERS}/")
-    return {layer_key(block, name): value for block, value in zip(blocks, column, strict=True)}
+    family, _, name = key.split("/", 2)
+    return {layer_key(block, name, family): value for block, value in zip(blocks, column, strict=True)}
 
 
 def of_experts(key: str, blocks: Sequence[int], array_LE: np.ndarray) -> dict[str, Scalar]:
     """An array as series: ``moe/experts/load`` becomes ``moe/layer_00/expert_000/load`` and so on."""
-    name = key.removeprefix(f"{EXPERTS}/")
+    family, _, name = key.split("/", 2)
     return {
-        layer_key(block, f"expert_{expert:03d}/{name}"): value
+        layer_key(block, f"expert_{expert:03d}/{name}", family): value
         for block, row_E in zip(blocks, array_LE.tolist(), strict=True)
         for expert, value in enumerate(row_E)
     }
 
 
-def histograms(blocks: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def histograms(
+    blocks: Sequence[int], arrays: Mapping[str, np.ndarray], family: str = MOE
+) -> Iterator[tuple[str, np.ndarray]]:
     """`HISTOGRAMS` of every layer: ``moe/layer_00/load``."""
     for name in HISTOGRAMS:
-        if (array_LE := arrays.get(f"{EXPERTS}/{name}")) is not None:
-            yield from ((layer_key(block, name), row_E) for block, row_E in zip(blocks, array_LE, strict=True))
+        if (array_LE := arrays.get(f"{family}/experts/{name}")) is not None:
+            yield from ((layer_key(block, name, family), row_E) for block, row_E in zip(blocks, array_LE, strict=True))

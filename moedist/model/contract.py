@@ -42,10 +42,12 @@ class ModelOutput(NamedTuple):
     Attributes:
         logits_BSV: scores of the next token, in the dtype of the head's matmul.
         reports: one per MoE layer, in the order of ``model.moe_blocks``.
+        attention_reports: one per attention that routes, in the order of ``model.attention_blocks``.
     """
 
     logits_BSV: Tensor
     reports: tuple[MoEReport, ...]
+    attention_reports: tuple[MoEReport, ...] = ()
 
 
 class LanguageModel(nn.Module):
@@ -53,11 +55,13 @@ class LanguageModel(nn.Module):
 
     Attributes:
         moe_blocks: index of the block (from 0) of each report.
+        attention_blocks: the same of each report of an attention.
         looked_up: names of the parameters that are read by row and enter no matmul: an input embedding that is not the
             head as well.
     """
 
     moe_blocks: tuple[int, ...]
+    attention_blocks: tuple[int, ...] = ()
     looked_up: tuple[str, ...] = ()
 
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:
@@ -77,6 +81,9 @@ class ModelConfig(Choice, path="model"):
     def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
         """Raises `ConfigError` where a MoE layer that the model brings itself cannot be spread so; arguments as
         `MoEConfig.check_spread` has them."""
+
+    def check_alike(self, reason: str) -> None:
+        """Raises `ConfigError` where ranks would hold unlike parameters, which ``reason`` forbids."""
 
     def build(
         self,

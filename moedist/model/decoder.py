@@ -51,16 +51,33 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         require(self.dim >= 1, "dim", self.dim, "is too small", "Set it to 1 or more.")
-        for index, spec in enumerate(self.layers.specs()):
-            try:
-                (spec.attention or self.attention).check(self.dim)
-            except ConfigError as error:
-                raise error.under(f"layers.blocks.{index}.attention" if spec.attention else "attention") from None
+        self._check_attentions(lambda attention: attention.check(self.dim))
         self._check_ffns(lambda ffn: ffn.check_causal(None))
+        numbers = {(spec.attention or self.attention).num_experts for spec in self.layers.specs()} - {None}
+        require(
+            len(numbers) <= 1,
+            "attention",
+            sorted(map(str, numbers)),
+            "are unlike numbers of attention experts in one model, and their loads are one table",
+            "List as many experts in every block whose attention routes.",
+        )
 
     def check_spread(self, ep: int, ranks_per_node: int | None = None) -> None:
         """See the contract."""
         self._check_ffns(lambda ffn: ffn.check_spread(ep, ranks_per_node))
+        self._check_attentions(lambda attention: attention.check_spread(ep))
+
+    def check_alike(self, reason: str) -> None:
+        """See the contract."""
+        self._check_attentions(lambda attention: attention.check_alike(reason))
+
+    def _check_attentions(self, check: Callable[[AttentionConfig], None]) -> None:
+        """Checks every attention, and says of which block an error is."""
+        for index, spec in enumerate(self.layers.specs()):
+            try:
+                check(spec.attention or self.attention)
+            except ConfigError as error:
+                raise error.under(f"layers.blocks.{index}.attention" if spec.attention else "attention") from None
 
     def _check_ffns(self, check: Callable[[FFNConfig], None]) -> None:
         """Checks every feed-forward layer, and says of which block an error is."""
@@ -95,10 +112,11 @@ class DecoderConfig(ModelConfig):
 
 
 class BlockOutput(NamedTuple):
-    """A block's residual stream [B, S, D], and the report of its MoE layer where it has one."""
+    """A block's residual stream [B, S, D], and the reports of its MoE layer and its attention where they route."""
 
     x_BSD: Tensor
     report: MoEReport | None
+    attention_report: MoEReport | None
 
 
 class Block(nn.Module):
@@ -123,15 +141,19 @@ class Block(nn.Module):
         assert spec.attention is not None and spec.ffn is not None and spec.norm is not None, "an incomplete spec"
         scale = (2 * num_layers) ** -0.5
         self.attention_norm = spec.norm.build(dim, device=device, dtype=dtype)
-        self.attention = spec.attention.build(dim, norm=spec.norm, output_scale=scale, device=device, dtype=dtype)
+        self.attention = spec.attention.build(
+            dim, norm=spec.norm, output_scale=scale, layer=num_layers + layer, device=device, dtype=dtype
+        )
         self.ffn_norm = spec.norm.build(dim, device=device, dtype=dtype)
         self.ffn = spec.ffn.build(dim, layer=layer, moe=moe, output_scale=scale, device=device, dtype=dtype)
 
     def forward(self, x_BSD: Tensor, attention: AttentionContext, tokens: TokenContext) -> BlockOutput:
-        """[B, S, D] -> [B, S, D] and a report."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), attention)
+        """[B, S, D] -> [B, S, D] and reports."""
+        attended = self.attention(self.attention_norm(x_BSD), attention)
+        attended_BSD, attention_report = attended if self.attention.has_report else (attended, None)
+        x_BSD = x_BSD + attended_BSD
         out_BSD, report = self.ffn(self.ffn_norm(x_BSD), tokens)
-        return BlockOutput(x_BSD + out_BSD, report)
+        return BlockOutput(x_BSD + out_BSD, report, attention_report)
 
 
 class Decoder(LanguageModel):
@@ -156,6 +178,7 @@ class Decoder(LanguageModel):
             for index, spec in enumerate(specs)
         ]
         self.moe_blocks = tuple(index for index, block in enumerate(blocks) if block.ffn.has_report)
+        self.attention_blocks = tuple(index for index, block in enumerate(blocks) if block.attention.has_report)
         self.blocks = nn.ModuleList(blocks)
         self.norm = config.norm.build(config.dim, device=device, dtype=dtype)
         self.head = None if config.tie_embeddings else Linear(config.dim, vocab_size, device=device, dtype=dtype)
@@ -163,17 +186,19 @@ class Decoder(LanguageModel):
 
     def forward(self, batch: TokenBatch, context: StepContext) -> ModelOutput:
         """Runs one micro-batch of one rank; reports come in the order of ``moe_blocks``."""
-        attention = AttentionContext.of_batch(batch)
         tokens = _token_context(batch, context)
+        attention = AttentionContext.of_batch(batch, tokens)
         x_BSD = self.embedding(batch.token_BS)
-        reports = []
+        reports, attention_reports = [], []
         for block in self.blocks:
-            x_BSD, report = block(x_BSD, attention, tokens)
+            x_BSD, report, attention_report = block(x_BSD, attention, tokens)
             if report is not None:
                 reports.append(report)
+            if attention_report is not None:
+                attention_reports.append(attention_report)
         x_BSD = self.norm(x_BSD)
         logits_BSV = self.embedding.as_head(x_BSD) if self.head is None else self.head(x_BSD)
-        return ModelOutput(logits_BSV, tuple(reports))
+        return ModelOutput(logits_BSV, tuple(reports), tuple(attention_reports))
 
     def units(self) -> Sequence[nn.Module]:
         """The blocks, and the embedding unless it is the head as well."""

@@ -69,6 +69,6 @@ def _active_shares(model: LanguageModel) -> dict[str, Fraction]:
     return {
         f"{name}.{child}.": share
         for name, module in model.named_modules()
-        if isinstance(module, FFN)
+        if isinstance(module, (Attention, FFN))
         for child, share in module.active_shares().items()
     }

@@ -193,6 +193,6 @@ class MoE(RoutedLayer):
 
 def routing_label(model: nn.Module) -> str | None:
     """What every line and record of a run must say of its routing (forced, for one); None for a model's own."""
-    layers = (module for module in model.modules() if isinstance(module, MoE))
+    layers = (module for module in model.modules() if isinstance(module, RoutedLayer))
     labels = dict.fromkeys(layer.config.router.label for layer in layers)
     return ", ".join(label for label in labels if label is not None) or None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from moedist.model.attention.contract import Attention
+from moedist.model.attention.mixture import AttentionMixture
 from moedist.model.ffn.contract import FFN
 from moedist.moe.layer import MoE
 
@@ -44,8 +45,10 @@ def parts_of(model: nn.Module, whole_layers: bool = True) -> list[nn.Module]:
     """The modules to compile, none inside another."""
     parts: list[nn.Module] = []
     for module in model.modules():
-        if isinstance(module, Attention) or (isinstance(module, FFN) and not module.has_report):
+        if isinstance(module, (Attention, FFN)) and not module.has_report:
             parts.append(module)
+        elif isinstance(module, AttentionMixture):
+            parts.append(module.router)
         elif isinstance(module, MoE):
             parts += parts_of_layer(module, whole_layers)
     return parts

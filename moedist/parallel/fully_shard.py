@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
 from moedist.mesh import FullyShard
+from moedist.model.attention.mixture import AttentionMixture
 from moedist.model.contract import LanguageModel
 from moedist.moe.layer import MoE, MoEOutput
 from moedist.moe.plan import CapacityPlan
@@ -72,6 +73,8 @@ def shard_weights(
         shard(layer.router, axes.dense, own)
         # Around the bank, so that no hook runs inside what is recomputed.
         shard(layer.bank, axes.experts, narrow)
+    for mixture in [module for module in model.modules() if isinstance(module, AttentionMixture)]:
+        shard(mixture.router, axes.dense, own)
     for part in model.units() if isinstance(model, LanguageModel) else ():
         shard(part, axes.dense, narrow)
     shard(model, axes.dense, narrow)

@@ -50,7 +50,7 @@ def recompute_in_backward(model: nn.Module, what: Recompute) -> None:
     if what == "selective":
         contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)}
     for module in model.modules():
-        if isinstance(module, (Attention, AttentionBank, Bank)):
+        if isinstance(module, (AttentionBank, Bank)) or (isinstance(module, Attention) and not module.has_report):
             # Not a wrapper around the module: its names, and what hooks see, stay as they are.
             again = functools.partial(checkpoint, module.forward, use_reentrant=False, **contexts)
             module.forward = again  # type: ignore[method-assign]

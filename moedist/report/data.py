@@ -21,7 +21,7 @@ MAX_CELLS = 2_000_000
 """Numbers of maps of experts in a page, over all runs; beyond it each run shows some of its steps, evenly spread."""
 ARRAYS = ("load", "kept", "weight_norm", "grad_norm")
 """Of ``experts.bin``; drops are what ``load`` has more than ``kept``."""
-LAYERS = "moe/layers/"
+LAYERS, ATTENTION_LAYERS = "moe/layers/", "attention/layers/"
 STEP, TOKENS = "train/step", "train/tokens"
 
 
@@ -54,8 +54,8 @@ def run_data(run: Run, label: str, max_cells: int) -> dict[str, Any]:
     if len(steps) < len(run.experts.steps):
         notes.append(f"Maps show {len(steps)} of the {len(run.experts.steps):,} steps that experts.bin holds.")
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (STEP, "replayed")]
-    scalars = {key: [short(row.get(key)) for row in rows] for key in keys if not key.startswith(LAYERS)}
-    columns = {key.removeprefix(LAYERS): [column(row.get(key)) for row in rows] for key in layer_keys(keys)}
+    of_layers = (LAYERS, ATTENTION_LAYERS)
+    scalars = {key: [short(row.get(key)) for row in rows] for key in keys if not key.startswith(of_layers)}
     return {
         "name": label,
         "path": str(run.path),
@@ -66,8 +66,9 @@ def run_data(run: Run, label: str, max_cells: int) -> dict[str, Any]:
         "steps": [row[STEP] for row in rows],
         "scalars": {key: values for key, values in scalars.items() if any(value is not None for value in values)},
         "blocks": run.blocks,
-        "columns": {name: values for name, values in columns.items() if any(values)},
+        "columns": columns_data(rows, keys, LAYERS),
         "experts": experts_data(run.experts, steps),
+        "attention": attention_data(run, rows, keys, max_cells),
         "config": texts(run.config),
         "environment": texts(run.environment),
     }
@@ -78,9 +79,23 @@ def texts(mapping: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in mapping.items()}
 
 
-def layer_keys(keys: Sequence[str]) -> list[str]:
-    """Keys of columns over layers."""
-    return [key for key in keys if key.startswith(LAYERS) and key != f"{LAYERS}block"]
+def attention_data(
+    run: Run, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], max_cells: int
+) -> Mapping[str, Any] | None:
+    """What takes the place of the run's own layers where those of its attention are shown; None without any."""
+    columns = columns_data(rows, keys, ATTENTION_LAYERS)
+    if not columns:
+        return None
+    blocks = next(row[f"{ATTENTION_LAYERS}block"] for row in reversed(rows) if f"{ATTENTION_LAYERS}block" in row)
+    experts = experts_data(run.attention_experts, spread(run.attention_experts, max_cells))
+    return {"blocks": blocks, "columns": columns, "experts": experts}
+
+
+def columns_data(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], prefix: str) -> dict[str, Any]:
+    """Columns over layers, a number for each layer in every row, by what follows ``prefix`` in their keys."""
+    names = [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key != f"{prefix}block"]
+    columns = {name: [column(row.get(f"{prefix}{name}")) for row in rows] for name in names}
+    return {name: values for name, values in columns.items() if any(values)}
 
 
 def spread(experts: ExpertsFile, max_cells: int) -> list[int]:

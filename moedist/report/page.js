@@ -15,12 +15,12 @@ const CHARTS = {
     { title: "Throughput", unit: "tokens/s", keys: [["train/tokens_per_s", ""]], ticks: "~s", zero: true },
   ],
   Balance: [
-    { title: "MaxVio", unit: "largest load / mean load - 1, worst layer", hint: "0 is balanced; E - 1 means that one expert has everything.", keys: [["moe/max_vio", ""]], zero: true },
-    { title: "Drop rate", unit: "share of pairs that no expert computed", hint: "Falls to a few percent or 0 as balance sets in.", keys: [["moe/drop_rate", ""]], ticks: ".1~%", zero: true },
-    { title: "Dead experts", unit: "experts, over all layers", hint: "Without a pair in the last log.dead_window steps.", keys: [["moe/dead_experts", ""]], counts: true, zero: true },
+    { title: "MaxVio", unit: "largest load / mean load - 1, worst layer", hint: "0 is balanced; E - 1 means that one expert has everything.", keys: [["moe/max_vio", ""], ["attention/max_vio", "attention"]], zero: true },
+    { title: "Drop rate", unit: "share of pairs that no expert computed", hint: "Falls to a few percent or 0 as balance sets in.", keys: [["moe/drop_rate", ""], ["attention/drop_rate", "attention"]], ticks: ".1~%", zero: true },
+    { title: "Dead experts", unit: "experts, over all layers", hint: "Without a pair in the last log.dead_window steps.", keys: [["moe/dead_experts", ""], ["attention/dead_experts", "attention"]], counts: true, zero: true },
     { title: "Capacity used", unit: "share of the slots that hold a pair", hint: "1 / capacity factor x (1 - drop rate).", keys: [["moe/capacity_used", ""]], ticks: ".1~%", zero: true },
     { title: "Entropy", unit: "share of its maximum", hint: "Load near 1 is balanced; a router between 0 and 1 has preferences.", keys: [["moe/load_entropy", "load"], ["moe/router_entropy", "router"]] },
-    { title: "Balance loss", unit: "unscaled, mean over layers", hint: "1 for uniform routing, E for a collapsed one.", keys: [["moe/balance_loss", ""]] },
+    { title: "Balance loss", unit: "unscaled, mean over layers", hint: "1 for uniform routing, E for a collapsed one.", keys: [["moe/balance_loss", ""], ["attention/balance_loss", "attention"]] },
     { title: "Router z-loss", unit: "unscaled, mean over layers", hint: "Grows when logits drift.", keys: [["moe/z_loss", ""]], zero: true },
   ],
   Steps: [
@@ -75,6 +75,8 @@ function css(name) { return getComputedStyle(document.documentElement).getProper
 function theme() { return document.documentElement.dataset.theme; }
 function last(values) { return values?.findLast((value) => value !== null) ?? null; }
 function layerName(block) { return `layer ${block}`; }
+// Of a run whose attention routes there are two families of layers, told apart like runs where one at a time is shown.
+function mapped() { return DATA.runs.flatMap((run) => run.attention ? [run, { ...run, ...run.attention, name: `${run.name}: attention` }] : [run]); }
 function shownRuns() { return DATA.runs.map((run, place) => ({ run, place })).filter(({ place }) => !chosen.hidden.has(place)); }
 function color(place) { return LINES[theme()][place % LINES[theme()].length]; }
 function dash(place) { return DASHES[Math.floor(place / LINES[theme()].length) % DASHES.length]; }
@@ -207,7 +209,7 @@ function expertSection() {
   const shown = make("output");
   const bars = card("One layer, one step", ""), time = card("One layer over time", "");
   section.append(make("h2", {}, "Experts"), make("div", { class: "grid" }, map.node, bars.node, time.node));
-  const now = () => DATA.runs[chosen.run];
+  const now = () => mapped()[chosen.run];
   const place = () => { const steps = now().experts.steps, found = steps.indexOf(chosen.step); return found < 0 ? steps.length - 1 : found; };
   let waiting = false;
   const update = () => { if (!waiting) { waiting = true; requestAnimationFrame(() => { waiting = false; drawMaps(); }); } };
@@ -248,7 +250,7 @@ function expertSection() {
     });
   }
   function fill() {
-    const run = now(), having = DATA.runs.map((each, index) => [index, each.name, each]).filter(([, , each]) => each.experts);
+    const run = now(), having = mapped().map((each, index) => [index, each.name, each]).filter(([, , each]) => each.experts);
     const quantities = Object.entries(QUANTITIES).filter(([name]) => !(name.endsWith("_norm")) || run.experts.arrays[name]);
     const said = [having.map(([, name]) => name), quantities, run.experts.blocks, chosen.run, chosen.layer];
     refill(controls, said, () => [
@@ -259,7 +261,7 @@ function expertSection() {
     ]);
   }
   drawings.push(() => {
-    if (!now()?.experts) chosen.run = Math.max(0, DATA.runs.findIndex((run) => run.experts));
+    if (!now()?.experts) chosen.run = Math.max(0, mapped().findIndex((run) => run.experts));
     section.hidden = !now().experts;
     if (section.hidden) return;
     fill();
@@ -273,7 +275,7 @@ function layerSection() {
   parts.head.after(controls);
   const words = (name) => name.replaceAll("_", " ");
   drawings.push(() => {
-    const run = DATA.runs[chosen.run], names = Object.keys(run?.columns ?? {});
+    const run = mapped()[chosen.run], names = Object.keys(run?.columns ?? {});
     parts.node.hidden = !names.length;
     if (!names.length) return;
     if (!names.includes(chosen.column)) chosen.column = names.includes("max_vio") ? "max_vio" : names[0];
@@ -291,7 +293,7 @@ function layerSection() {
 function breakdown() {  // of one run: its own part of a step is what a colour means
   const parts = card("Step breakdown", "");
   drawings.push(() => {
-    const run = DATA.runs[chosen.run], there = PARTS.filter(([key]) => run.scalars[key]);
+    const run = mapped()[chosen.run], there = PARTS.filter(([key]) => run.scalars[key]);
     parts.node.hidden = !there.length;
     if (!there.length) return;
     const measured = numbers(run.steps.length).filter((row) => run.scalars[there[0][0]][row] !== null);

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from moedist.config import ConfigError
-from moedist.log.run_files import METRICS, ExpertsFile, read_metrics
+from moedist.log.run_files import ATTENTION_EXPERTS, METRICS, ExpertsFile, read_metrics
 from moedist.report.state import State, state_of
 from moedist.train.identity import flatten
 from moedist.train.status import Status, read_status
@@ -33,7 +33,8 @@ class Run:
         status: how it ended; None for a run that has left no status.
         rows: one for each log step, by step; of a step that was done again the newest.
         replayed: steps that were done again after a resume.
-        experts: arrays over layers and experts.
+        experts: arrays over MoE layers and experts.
+        attention_experts: the same of attentions that route.
         config: the configuration by dotted keys, as the folder holds it: secrets are not in it.
         environment: what code ran on what machine, likewise by dotted keys.
         problems: what could not be read, as sentences.
@@ -46,6 +47,7 @@ class Run:
     rows: tuple[Mapping[str, Any], ...]
     replayed: tuple[int, ...]
     experts: ExpertsFile
+    attention_experts: ExpertsFile
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     problems: tuple[str, ...] = ()
@@ -80,7 +82,7 @@ class Run:
             yield "It left no status and nobody holds its folder: it was killed. Its logs may say more."
         if not self.rows:
             yield "It has recorded no log step yet." if self.state == "running" else "It has recorded no log step."
-        elif not self.experts.steps:
+        elif not self.experts.steps and not self.attention_experts.steps:
             if any(OLD_LOADS.fullmatch(key) for key in self.rows[-1]):
                 yield "An earlier version of moedist wrote it, in another form: the maps of its experts are left out."
             elif "moe/drop_rate" in self.rows[-1]:
@@ -142,6 +144,7 @@ def read_run(folder: Path) -> Run:
         rows=tuple(by_step[step] for step in sorted(by_step)),
         replayed=tuple(sorted(again)),
         experts=ExpertsFile(folder),
+        attention_experts=ExpertsFile(folder, ATTENTION_EXPERTS),
         config=config,
         environment=environment,
         problems=tuple(problems),

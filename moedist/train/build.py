@@ -8,6 +8,7 @@ import torch
 
 from moedist.engine.contract import Engine
 from moedist.mesh import Mesh
+from moedist.model.attention.bank import Passes
 from moedist.model.contract import LanguageModel
 from moedist.model.init import init_weights
 from moedist.model.size import ModelSize, model_size, train_flops_per_token
@@ -48,7 +49,12 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> SpreadModel:
     flops_per_token = train_flops_per_token(model, config.train.sequence_length)
     on_host = config.engine.weights_on_host and mesh.fsdp is not None
     gradients = spread(
-        model, mesh, compute_dtype=torch.bfloat16 if config.train.precision == "bf16" else None, offload=on_host
+        model,
+        mesh,
+        compute_dtype=torch.bfloat16 if config.train.precision == "bf16" else None,
+        offload=on_host,
+        passes=Passes(config.train.accumulation(mesh.dp.size), config.train.activation_checkpointing != "none"),
+        alike=config.alike,
     )
     if mesh.device.type != "meta":
         model.to_empty(device="cpu" if on_host else mesh.device)

@@ -15,6 +15,7 @@ from moedist.mesh import MeshConfig
 from moedist.model.contract import ModelConfig
 from moedist.model.decoder import DecoderConfig
 from moedist.moe.layer import MoEConfig
+from moedist.parallel.spread import FSDP_GATHERS
 from moedist.train.optimizer.adamw import AdamWConfig
 from moedist.train.optimizer.contract import OptimizerConfig
 from moedist.train.schedule.contract import ScheduleConfig
@@ -219,6 +220,11 @@ class RunConfig(Config):
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def alike(self) -> str | None:
+        """Why all ranks must have the same parameters beside the experts of MoE layers; None where they need not."""
+        return FSDP_GATHERS if self.mesh.fsdp is not None else self.engine.alike
 
     def ranks_per_node(self, world_size: int) -> int:
         """Ranks that share a node where ``launch`` starts ``world_size`` of them."""

@@ -96,7 +96,7 @@ def dry_run(config: RunConfig, vocab_size: int, world_size: int) -> DryRun:
     for rank in chosen_ranks(mesh_config, world_size):
         with fake_mesh(mesh_config, rank, world_size) as mesh:
             spread = build_model(config, vocab_size, mesh)
-            parameters = check_whole(spread, whole, world_size)
+            parameters |= check_whole(spread, whole, world_size)
             engine = build_engine(config, spread, mesh)
             ranks.append(plan_rank(spread, engine, mesh))
             engine.close()
@@ -177,7 +177,7 @@ def shape_table(plan: DryRun) -> list[str]:
     kinds: dict[tuple[str, Layout, tuple[Shape, ...]], int] = {}
     for name, layout in plan.parameters.items():
         kind = re.sub(r"\.\d+\.", ".*.", name)
-        key = (kind, layout, tuple(rank.shapes[name] for rank in plan.ranks))
+        key = (kind, layout, tuple(rank.shapes.get(name, (0,)) for rank in plan.ranks))
         kinds[key] = kinds.get(key, 0) + 1
     rows = [("parameter", "number", "whole", "pieces", "copies", "on a rank")]
     for (kind, layout, shapes), number in kinds.items():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from moedist.model.attention.bank import GatheredBank
 from moedist.moe.layer import MoE
 from moedist.train.build import SpreadModel
 
@@ -38,13 +39,18 @@ class Layout:
 def check_whole(spread: SpreadModel, whole: Mapping[str, Shape], world_size: int) -> dict[str, Layout]:
     """Asserts, of a model spread on some rank, that each parameter is covered exactly once by the pieces that all
     ranks hold, by arithmetic, and that this rank holds the piece that is its own."""
-    parameters = dict(spread.model.named_parameters())
-    assert parameters.keys() == whole.keys(), f"spreading has renamed parameters: {parameters.keys() ^ whole.keys()}"
+    parameters, own = dict(spread.model.named_parameters()), own_experts(spread.model)
+    elsewhere = {name for names in own.values() for name in names if name not in parameters}
+    wrong = parameters.keys() ^ (whole.keys() - elsewhere)
+    assert not wrong, f"spreading has renamed parameters: {wrong}"
     assert sum(math.prod(shape) for shape in whole.values()) == spread.size.total
     layouts = {}
     for name, parameter in parameters.items():
         assert tuple(parameter.shape) == whole[name], f"{name} is {tuple(parameter.shape)}, and whole {whole[name]}"
         layouts[name] = layout = layout_of(parameter, world_size)
+        if ranks := next((len(mixture.ep.ranks) for mixture, names in own.items() if name in names), 0):
+            layouts[name] = Layout(layout.whole, 1, world_size // ranks)  # whole, on the ranks that hold the expert
+            layout = Layout(layout.whole, ranks, world_size // ranks)
         if parameter.requires_grad:
             said = spread.gradients.spread_of[name]
             told = (1 if said.pieces is None else said.pieces.size, said.copies.size)
@@ -53,6 +59,19 @@ def check_whole(spread: SpreadModel, whole: Mapping[str, Shape], world_size: int
             )
     check_experts(spread.model)
     return layouts
+
+
+def own_experts(model: nn.Module) -> dict[GatheredBank, set[str]]:
+    """The names of all attention experts of each bank whose ranks hold some of them whole."""
+    found: dict[GatheredBank, set[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GatheredBank):
+            found[module] = {
+                f"{name}.experts.{expert}.{parameter}"
+                for expert, config in enumerate(module.configs)
+                for parameter, _ in config.build(dataclasses.replace(module.site, device="meta")).named_parameters()
+            }
+    return found
 
 
 def layout_of(parameter: nn.Parameter, world_size: int) -> Layout:

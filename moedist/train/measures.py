@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from moedist.log.metrics import moe_metrics, time_metrics, train_metrics
+from moedist.log.metrics import ATTENTION, moe_metrics, time_metrics, train_metrics
 from moedist.log.sink.contract import Value
 from moedist.mesh import Mesh
 from moedist.mesh.meter import ExchangeMeter, measuring
+from moedist.model.attention.mixture import AttentionMixture
+from moedist.model.contract import ModelOutput
 from moedist.moe.layer import MoE, routing_label
+from moedist.moe.report import PackedReports, pack_reports
+from moedist.moe.routed import RoutedLayer
 from moedist.parallel.expert_norms import ExpertNorms
 from moedist.train.build import PARAMETER_DTYPES, SpreadModel
 from moedist.train.clock import PARTS, StepClock
@@ -37,14 +41,17 @@ class Measures:
 
     Attributes:
         tally: what the step adds up to.
+        attention_tally: the same of attentions that route; its loss is 0.
+        mixtures: these attentions.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, spread: SpreadModel):
         self.config, self.mesh, self.spread = config, mesh, spread
         self.moe_layers = [module for module in spread.model.modules() if isinstance(module, MoE)]
-        num_layers = len(spread.model.moe_blocks)
-        last_seen_LE = torch.zeros(num_layers, config.moe.num_experts, dtype=torch.int64, device=mesh.device)
-        self.tally = Tally(spread.model.moe_blocks, last_seen_LE)
+        self.mixtures = [module for module in spread.model.modules() if isinstance(module, AttentionMixture)]
+        self.tally = self._tally(spread.model.moe_blocks, config.moe.num_experts)
+        experts = self.mixtures[0].config.num_experts if self.mixtures else 0
+        self.attention_tally = self._tally(spread.model.attention_blocks, experts)
         self.clock = StepClock(mesh.device)
         self._norms = ExpertNorms(self.moe_layers, spread.model, spread.gradients)
         self.peak_flops: float | None = None
@@ -52,6 +59,49 @@ class Measures:
         self._recorded = False
         self._meter: ExchangeMeter | None = None
         self._square_LE: dict[str, Tensor] = {}
+
+    def _tally(self, blocks: tuple[int, ...], num_experts: int) -> Tally:
+        return Tally(blocks, torch.zeros(len(blocks), num_experts, dtype=torch.int64, device=self.mesh.device))
+
+    @property
+    def routed_layers(self) -> list[RoutedLayer]:
+        """MoE layers, then attentions that route."""
+        return [*self.moe_layers, *self.mixtures]
+
+    @property
+    def families(self) -> tuple[tuple[Sequence[RoutedLayer], Tally], ...]:
+        """Layers whose loads are one table, and what their step adds up to."""
+        return (self.moe_layers, self.tally), (self.mixtures, self.attention_tally)
+
+    def counters(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the counts."""
+        counters = {"last_seen": self.tally.last_seen_LE}
+        return counters | ({"attention_last_seen": self.attention_tally.last_seen_LE} if self.mixtures else {})
+
+    def share_counters(self) -> None:
+        """Makes `counters` those of all ranks; called by all."""
+        self.tally.share_last_seen(self.mesh.dp)
+        if self.mixtures:
+            self.attention_tally.share_last_seen(self.mesh.dp)
+
+    def clear(self) -> None:
+        """Begins a step."""
+        for _, tally in self.families:
+            tally.clear()
+
+    def pack(self, output: ModelOutput) -> tuple[PackedReports | None, PackedReports | None]:
+        """The reports of a micro-step, of MoE layers and of attentions; None where there are none."""
+        reports, attention_reports = output.reports, output.attention_reports
+        return (
+            pack_reports(reports) if reports else None,
+            pack_reports(attention_reports) if attention_reports else None,
+        )
+
+    def add(self, task_loss: Tensor, reports: tuple[PackedReports | None, PackedReports | None]) -> None:
+        """One micro-step: this rank's share of the task loss, and `pack`."""
+        self.tally.add(task_loss, reports[0])
+        if self.mixtures:
+            self.attention_tally.add(torch.zeros_like(task_loss), reports[1])
 
     def measure_peak(self) -> None:
         """Sets what MFU is measured against: the given peak, or what all ranks reach now; called by all."""
@@ -75,8 +125,10 @@ class Measures:
         self.clock.enter("other")
         self._seconds += time.perf_counter() - start
 
-    def saw(self, num_tokens: int) -> None:
-        """The step has trained on so many valid tokens, of all ranks."""
+    def saw(self, step: int, num_tokens: int) -> None:
+        """Step ``step`` has trained on so many valid tokens, of all ranks."""
+        for _, tally in self.families:
+            tally.see(step)
         self._tokens += num_tokens
 
     def gradients_summed(self) -> None:
@@ -122,6 +174,9 @@ class Measures:
             )
         if total.moe is not None:
             record |= moe_metrics(total.moe, step, self.config.log.dead_window)
+        if self.mixtures and (mixed := self.attention_tally.reduce(self.mesh.dp).moe) is not None:
+            mixed = dataclasses.replace(mixed, bias_LE=self._bias(self.mixtures))
+            record |= moe_metrics(mixed, step, self.config.log.dead_window, ATTENTION)
         if (label := routing_label(self.spread.model)) is not None:
             record["moe/routing"] = label
         return record
@@ -145,12 +200,13 @@ class Measures:
         if total.moe is None:
             return total
         norm_LE = {name: total.extra[name].sqrt() for name in self._square_LE}
-        return dataclasses.replace(total, moe=dataclasses.replace(total.moe, bias_LE=self._bias(), norm_LE=norm_LE))
+        bias_LE = self._bias(self.moe_layers)
+        return dataclasses.replace(total, moe=dataclasses.replace(total.moe, bias_LE=bias_LE, norm_LE=norm_LE))
 
-    def _bias(self) -> Tensor | None:
+    def _bias(self, layers: Sequence[RoutedLayer]) -> Tensor | None:
         """[L, E]: the selection bias, equal on all ranks; None where no layer has one."""
-        biases = [layer.router.selection_bias for layer in self.moe_layers]
+        biases = [layer.router.selection_bias for layer in layers]
         if all(bias is None for bias in biases):
             return None
-        zero_E = torch.zeros(self.config.moe.num_experts, device=self.mesh.device)
+        zero_E = torch.zeros(layers[0].config.num_experts, device=self.mesh.device)
         return torch.stack([zero_E if bias is None else bias for bias in biases]).cpu()

@@ -22,7 +22,9 @@ from moedist.mesh import Mesh
 from moedist.mesh.collectives import broadcast_json
 from moedist.mesh.restart import restarted
 from moedist.mesh.slow import slow_axis
-from moedist.moe.layer import MoE, routing_label
+from moedist.model.attention.mixture import AttentionMixture
+from moedist.moe.layer import routing_label
+from moedist.moe.routed import RoutedLayer
 from moedist.moe.token_choice import group_notes
 from moedist.train.build import SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
@@ -214,7 +216,7 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     yardstick = bigram_cross_entropy(source)
     if yardstick is not None:
         log.say(f"yardstick  held-out loss of a smoothed byte-bigram model: {yardstick:.4f} nats per byte")
-    limits = [module.config.capacity for module in spread.model.modules() if isinstance(module, MoE)]
+    limits = [module.config.capacity for module in spread.model.modules() if isinstance(module, RoutedLayer)]
     for policy, group in dict.fromkeys((limit.drop_policy, limit.group) for limit in limits if not limit.causal):
         log.say(
             f"note   drop_policy {policy} in groups of a {group}: a later token can evict an earlier one in training; "
@@ -226,6 +228,9 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     if note is not None:
         log.say(f"note   {note}")
     for line in group_notes(spread.model, num_nodes):
+        log.say(f"note   {line}")
+    mixtures = [module for module in spread.model.modules() if isinstance(module, AttentionMixture)]
+    for line in dict.fromkeys(mixture.note for mixture in mixtures if mixture.note is not None):
         log.say(f"note   {line}")
     if (label := routing_label(spread.model)) is not None:
         log.say(f"note   {label} routing: the numbers of this run are not a trained model's")

@@ -26,7 +26,7 @@ from moedist.model.batch import TokenBatch
 from moedist.model.contract import StepContext
 from moedist.model.loss import token_loss
 from moedist.moe.record import RoutingRecorder
-from moedist.moe.report import StepCounts, pack_reports
+from moedist.moe.report import StepCounts
 from moedist.moe.trace import TraceError, write_part
 from moedist.train.build import SpreadModel, autocast, build_engine
 from moedist.train.checkpoint import BackgroundSave, CheckpointStore, DiskError
@@ -97,7 +97,7 @@ class Trainer:
         self.model = spread.model
         self.recorder = RoutingRecorder(self.model)
         self.measures = Measures(config, mesh, spread)
-        self.tally, self.moe_layers = self.measures.tally, self.measures.moe_layers
+        self.tally = self.measures.tally
         self.phases = PhaseRecorder(mesh)
         self.engine = build_engine(config, spread, mesh)
         self.grad_norm = math.nan
@@ -120,7 +120,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Tensors of the run by global names."""
-        return {**self.engine.state(), "counters": {"last_seen": self.tally.last_seen_LE}}
+        return {**self.engine.state(), "counters": self.measures.counters()}
 
     def own_state(self) -> dict[str, Tensor]:
         """Tensors of this rank alone."""
@@ -149,7 +149,7 @@ class Trainer:
         self.finish_save(log)
         if must and self.saved_step == self.progress.step:
             return
-        self.tally.share_last_seen(self.mesh.dp)
+        self.measures.share_counters()
         meta = {**self.meta, **dataclasses.asdict(self.progress)}
         self.enter("save", slow=True)
         arguments = self.progress.step, self.state(), meta, self.own_state()
@@ -323,7 +323,7 @@ class Trainer:
             num_tokens=torch.tensor(totals.num_tokens, device=device),
             training=True,
         )
-        self.tally.clear()
+        self.measures.clear()
         counts = self.count_first(micro_batches, context)
         for place, batch in enumerate(micro_batches, start=1):
             self.enter("forward")
@@ -332,13 +332,13 @@ class Trainer:
                     output = self.model(batch, dataclasses.replace(context, counts=counts))
                 # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
                 task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
-                reports = pack_reports(output.reports) if output.reports else None
-                loss = task_loss if reports is None else task_loss + reports.objective()
-            counts = counts.after(output.reports)
+                reports = self.measures.pack(output)
+                loss = task_loss + sum(packed.objective() for packed in reports if packed is not None)
+            counts = counts.after((*output.reports, *output.attention_reports))
             del output  # the logits: gone with the backward pass, not with the next forward
             self.enter("backward")
             self.engine.backward(loss, last=place == len(micro_batches))
-            self.tally.add(task_loss, reports)
+            self.measures.add(task_loss, reports)
         self.enter("optimizer")
         self.grad_norm = self.engine.step(self.measures.gradients_summed)
         if not math.isfinite(self.grad_norm):
@@ -349,29 +349,29 @@ class Trainer:
         progress.step += 1
         progress.tokens += totals.num_tokens
         progress.next_sample = loader.next_sample
-        self.tally.see(progress.step)
-        self.measures.saw(totals.num_tokens)
+        self.measures.saw(progress.step, totals.num_tokens)
         self.move_biases()
         return True
 
     def count_first(self, micro_batches: list[TokenBatch], context: StepContext) -> StepCounts:
         """What balance losses count in the whole step, by a pass without gradient, where one of them asks for it."""
         counts = StepCounts()
-        if len(micro_batches) == 1 or not any(layer.needs_whole_step for layer in self.moe_layers):
+        if len(micro_batches) == 1 or not any(layer.needs_whole_step for layer in self.measures.routed_layers):
             return counts
         for batch in micro_batches:
             self.enter("count")
             with torch.no_grad(), autocast(self.config, self.mesh):
-                counts = counts.after(self.model(batch, context).reports)
+                output = self.model(batch, context)
+                counts = counts.after((*output.reports, *output.attention_reports))
         return StepCounts(whole=counts.earlier)
 
     def move_biases(self) -> None:
         """Lets every layer that balances by a bias move it, once per step, by the counts of the whole global batch."""
-        if any(layer.bias_rules for layer in self.moe_layers):
-            load_LE = self.tally.global_load(self.mesh.dp)
-            observed = self.tally.global_observed(self.mesh.dp)
-            for layer, load_E, seen in zip(self.moe_layers, load_LE, observed, strict=True):
-                layer.move_bias(load_E, seen)
+        for layers, tally in self.measures.families:
+            if any(layer.bias_rules for layer in layers):
+                load_LE, observed = tally.global_load(self.mesh.dp), tally.global_observed(self.mesh.dp)
+                for layer, load_E, seen in zip(layers, load_LE, observed, strict=True):
+                    layer.move_bias(load_E, seen)
 
     def agree(self, micro_batches: list[TokenBatch]) -> Totals:
         """Sizes of the global batch, and whether any rank was asked to stop or failed to save."""

@@ -83,7 +83,8 @@ def log_line(record: Mapping[str, Value], num_steps: int, eta_s: float | None) -
         "loss": _get(record, "train/loss", lambda loss: f"{loss:7.4f}"),
         "MaxVio": _get(record, "moe/max_vio", _short),
         "drop": _get(record, "moe/drop_rate", lambda rate: f"{rate:5.1%}"),
-        "norm": _get(record, "train/grad_norm", _short),
+        "attn": _get(record, "attention/max_vio", _short),  # MaxVio of attentions that route
+        "norm": None if "attention/max_vio" in record else _get(record, "train/grad_norm", _short),
         "lr": f"{max(rates):.1e}".replace("e-0", "e-") if rates else None,  # groups follow one schedule
     }
     fields = [_place(record, num_steps)] + [f"{label} {text}" for label, text in shown.items() if text is not None]

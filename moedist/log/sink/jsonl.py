@@ -15,11 +15,13 @@ import numpy as np
 
 from moedist.config import require
 from moedist.log import metrics
-from moedist.log.run_files import EXPERTS, METRICS, append_frame
+from moedist.log.run_files import ATTENTION_EXPERTS, EXPERTS, METRICS, append_frame
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
 
 FRAMES = 500
 """How many steps of a run ``experts.bin`` holds, unless its interval is given: some tens of megabytes at 48 x 128."""
+FILES = {metrics.MOE: EXPERTS, metrics.ATTENTION: ATTENTION_EXPERTS}
+"""Where the arrays of each family of routed layers go."""
 DIGITS = 6
 """Significant digits of the numbers in a column; those of the whole run are kept whole."""
 
@@ -85,14 +87,17 @@ class JsonlSink(Sink):
 
     def _write_experts(self, record: Mapping[str, Value]) -> None:
         """A frame at the first log step of every interval, and at the last step."""
-        prefix = f"{metrics.EXPERTS}/"
-        arrays = {key.removeprefix(prefix): value for key, value in record.items() if isinstance(value, np.ndarray)}
-        step, blocks = step_of(record), record.get(f"{metrics.LAYERS}/block")
+        step = step_of(record)
         due = step // self._every
-        if not isinstance(blocks, list) or (due == self._frames_done and step != self._num_steps):
+        if due == self._frames_done and step != self._num_steps:
             return
-        self._frames_done = due
-        append_frame(self._path.with_name(EXPERTS), step, blocks, arrays)
+        for family, name in FILES.items():
+            blocks, prefix = record.get(f"{family}/layers/block"), f"{family}/experts/"
+            named = ((key, value) for key, value in record.items() if key.startswith(prefix))
+            arrays = {key.removeprefix(prefix): value for key, value in named if isinstance(value, np.ndarray)}
+            if isinstance(blocks, list):
+                self._frames_done = due
+                append_frame(self._path.with_name(name), step, blocks, arrays)
 
     def _warn(self, path: Path, record: Mapping[str, Value], error: OSError) -> None:
         if not self._warned:

@@ -157,6 +157,8 @@ class AttentionBank(nn.Module):
             row_BR, live_BR = rows.of_expert(expert)
             index_BRD = row_BR[:, :, None].expand(-1, -1, query_BQD.shape[2])
             seen = sight.of_rows(row_BR, live_BR, query_BQD.shape[1])
+            if seen.names is not None:
+                seen = dataclasses.replace(seen, names=dataclasses.replace(seen.names, expert=expert))
             attended = attend(expert, query_BQD.gather(1, index_BRD), seen)
             gate_BR = rows.gate_BQE[:, :, expert].gather(1, row_BR)
             # Rows that only fill up have gate 0, and no row stands there twice.

@@ -73,6 +73,7 @@ class GQAConfig(AttentionConfig):
         *,
         norm: NormConfig,
         output_scale: float,
+        layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> GQA:

@@ -18,7 +18,9 @@ from moedist.model.attention.bank import (
     Passes,
     ReplicatedBank,
 )
-from moedist.model.attention.experts.contract import AttentionExpertConfig, ExpertSite, Sight
+from moedist.model.attention.experts.contract import AttentionExpertConfig, ExpertSite, RowNames, Sight
+from moedist.model.attention.experts.hyperbolic import HyperbolicConfig
+from moedist.model.attention.experts.linear import LinearConfig
 from moedist.model.attention.experts.standard import StandardConfig
 from moedist.model.norm.contract import NormConfig
 from moedist.moe.balance.contract import BalanceConfig
@@ -49,15 +51,22 @@ class MixtureConfig(Config):
         router: who sends which query where.
         capacity: how many queries an expert takes. What it drops is a query's row; keys and values are never dropped.
         balance: losses by name.
+        dropout: share of the attention weights that is dropped in training, drawn by name.
         bank: ``replicated`` (every rank holds all experts), ``gathered`` (a rank holds its share of them and is sent
             the others' weights in every pass), or ``auto``: gathered where it sends no more than replicated does.
     """
 
-    num_heads: int = 8
-    experts: tuple[AttentionExpertConfig, ...] = (StandardConfig(),) * 4
+    num_heads: int = 4
+    experts: tuple[AttentionExpertConfig, ...] = (
+        StandardConfig(rope_theta=10_000.0),
+        StandardConfig(rope_theta=10_000.0),
+        HyperbolicConfig(),
+        LinearConfig(),
+    )
     router: RouterConfig = dataclasses.field(default_factory=MLPConfig)
     capacity: CapacityConfig = dataclasses.field(default_factory=lambda: CapacityConfig(factor=None))
     balance: dict[str, BalanceConfig] = dataclasses.field(default_factory=_default_balance)
+    dropout: float = 0.0
     bank: BankKind = "auto"
 
     def __post_init__(self) -> None:
@@ -65,6 +74,7 @@ class MixtureConfig(Config):
         require(
             len(self.experts) >= 1, "experts", [], "lists no expert", "List at least one, such as {kind: standard}."
         )
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "is no share", "Set it in [0, 1).")
         check_routing(self)
 
     @property
@@ -106,7 +116,6 @@ class MixtureConfig(Config):
         dim: int,
         *,
         layer: int = 0,
-        dropout: float = 0.0,
         norm: NormConfig | None = None,
         output_std: float | None = None,
         device: torch.device | str | None = None,
@@ -117,7 +126,6 @@ class MixtureConfig(Config):
         Args:
             dim: width of queries, keys, values and output (D).
             layer: its place among the routed layers of a model, which names its noise and its counts.
-            dropout: share of the attention weights that is dropped in training, by torch's own random numbers.
             norm: for norms inside experts.
             output_std: standard deviation of the output projection at the start; None for Xavier uniform.
             device, dtype: of its parameters.
@@ -126,7 +134,7 @@ class MixtureConfig(Config):
             ConfigError: an expert does not fit the width.
         """
         self.check_width(dim)
-        site = ExpertSite(dim, self.num_heads, dropout, norm, device, dtype)
+        site = ExpertSite(dim, self.num_heads, self.dropout, norm, device, dtype)
         return AttentionMixture(self, site, layer, output_std)
 
 
@@ -152,7 +160,8 @@ class AttentionMixture(RoutedLayer):
     """Router of queries, plan, bank of attention experts, one output projection; written for one device.
 
     Attributes:
-        output: the projection behind the sum; its bias starts at zero.
+        output_weight, output_bias: [D, D] and [D], the projection behind the sum; its bias starts at zero.
+        note: which bank computes and why, a line for people; None before `spread`.
     """
 
     config: MixtureConfig
@@ -161,6 +170,7 @@ class AttentionMixture(RoutedLayer):
         router = config.router.build(site.dim, config.num_experts, layer=layer, device=site.device, dtype=site.dtype)
         super().__init__(config, router, layer)
         self.site, self.output_std = site, output_std
+        self.note: str | None = None
         self.bank: AttentionBank = ReplicatedBank(config.experts, site)
         self.output_weight = site.parameter(site.dim, site.dim)
         self.output_bias = site.parameter(site.dim)
@@ -182,6 +192,9 @@ class AttentionMixture(RoutedLayer):
         """
         routing = self.router(query_BQD.flatten(0, 1), ctx)
         plan = plan_capacity(routing, ctx, self.config.capacity, layer=self.layer)
+        # Each expert puts its own id into the names of its rows.
+        sample_B = ctx.sample_T.view(query_BQD.shape[:2])[:, 0]
+        sight = dataclasses.replace(sight, names=RowNames(ctx.seed, ctx.step, self.layer, 0, sample_B))
         mixed = self.bank(query_BQD, key_BSD, value_BSD, sight, plan, need_weights)
         out_BQD = nn.functional.linear(mixed.out_BQD, self.output_weight, self.output_bias)
         return MixtureOutput(out_BQD, self.report(routing, plan, ctx), routing, plan, mixed.weights)
@@ -193,16 +206,13 @@ class AttentionMixture(RoutedLayer):
             alike = f"{self.config.num_experts} experts are no multiple of the {ep} expert-parallel ranks"
         return BankCost(parameters, ep, passes, alike)
 
-    def spread(self, ep: Axis, dp: Axis, passes: Passes = ONE_PASS, alike: str | None = None) -> str:
+    def spread(self, ep: Axis, dp: Axis, passes: Passes = ONE_PASS, alike: str | None = None) -> None:
         """Chooses the bank, keeps this rank's experts and computes over ``ep`` from now on; global counts run over
         ``dp``. Before first values are given.
 
         Args:
             passes: of an optimizer step.
             alike: why all ranks must have the same parameters; None where nothing asks for it.
-
-        Returns:
-            the choice and its reason, a line for people.
 
         Raises:
             ConfigError: the config asks for what cannot be.
@@ -213,7 +223,7 @@ class AttentionMixture(RoutedLayer):
         if kind == "gathered" and ep.size > 1:
             placement = Placement.in_order(self.config.num_experts, ep.size)
             self.bank = GatheredBank(self.bank, placement, ep)
-        return f"{self.config.num_experts} attention experts are {kind}: {why}"
+        self.note = f"{self.config.num_experts} attention experts are {kind}: {why}"
 
     def init_weights(self, draw: Draw) -> None:
         """Fills router, experts by global id, and output projection."""

@@ -56,6 +56,7 @@ class MLAConfig(AttentionConfig):
         *,
         norm: NormConfig,
         output_scale: float,
+        layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> MLA:

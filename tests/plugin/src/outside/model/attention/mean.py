@@ -15,7 +15,7 @@ from moedist.model.norm.contract import NormConfig
 
 @dataclasses.dataclass(frozen=True)
 class MeanConfig(AttentionConfig):
-    def build(self, dim: int, *, norm: NormConfig, output_scale: float, **place: Any) -> Mean:
+    def build(self, dim: int, *, norm: NormConfig, output_scale: float, layer: int = 0, **place: Any) -> Mean:
         return Mean(dim, output_scale, place)
 
 
