@@ -279,6 +279,7 @@ def test_R1_19_aux_loss_switch():
     del out
 
 
+@pytest.mark.requirement("R0-15", "R3-15", "D8")
 def test_R1_23_any_rank():
     layer, x = layer_of(), vectors(2, 3, 4)
     flat = layer(x.view(-1, 6))
