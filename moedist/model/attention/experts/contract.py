@@ -273,6 +273,16 @@ class AttentionExpertConfig(Choice, path="model.attention.experts"):
     """One kind of attention expert. What a kind can do besides (rotary positions, grouped heads, norms on queries and
     keys) are keys of its own; one that lacks the key cannot."""
 
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether it can keep `Sight.mask_BHQS`."""
+        return True
+
+    @property
+    def edge_width(self) -> int | None:
+        """Width of the edge features that it reads; None where it leaves them aside."""
+        return None
+
     def check(self, site: ExpertSite) -> None:
         """Raises `ConfigError` where it does not fit ``site``."""
 

@@ -51,6 +51,11 @@ class EdgeFeaturedConfig(HeadsConfig):
             for key in ("rope_theta", "qk_norm", "num_kv_heads"):
                 self.refuse(key, "gatv2 compares by a sum and not by a dot product of queries and keys")
 
+    @property
+    def edge_width(self) -> int:
+        """As wide as ``edge_dim`` says."""
+        return self.edge_dim
+
     def build(self, site: ExpertSite) -> EdgeFeaturedExpert:  # noqa: D102
         modes = {"key_value": KeyValueExpert, "bias": BiasExpert, "gated": GatedExpert, "gatv2": GATv2Expert}
         return modes[self.mode](self, site)

@@ -48,6 +48,11 @@ class LinearConfig(HeadsConfig):
             )
             self.refuse("redraw_every", "elu(x) + 1 has nothing random")
 
+    @property
+    def keeps_masks(self) -> bool:
+        """No: it has no weights of single pairs."""
+        return False
+
     def build(self, site: ExpertSite) -> LinearExpert:  # noqa: D102
         return LinearExpert(self, site)
 
