@@ -75,6 +75,7 @@ def test_a_step_leaves_fresh_gradients():
             assert parameter.grad.abs().sum() > 0, f"{peer.name}: {name}"
 
 
+@pytest.mark.requirement("R2-62")
 def test_a_case_says_all_that_it_owes():
     trial = make_trial(TINY, "balanced", 1.0, ALONE)
     case = measure_case(trial, [*twins(), *torch_only(), Missing()], 4, CEILINGS)

@@ -39,6 +39,7 @@ SECTIONS = {
     "D": "Defects of the sources that are not shared",
     "G": "Tables of numbers",
 }
+RESULTS = "In the run that wrote this page: "
 INTRODUCTION = """\
 # What is promised, and the tests that hold it
 
@@ -137,10 +138,16 @@ def result_of(tests: Sequence[str], results: Mapping[str, Sequence[str]]) -> str
 
 def text(results: Mapping[str, Sequence[str]] | None = None) -> str:
     """The page; without results their cells stay empty."""
-    found, parts = rows_of_sources(), [INTRODUCTION]
+    found, table_rows = rows_of_sources(), read_table()
+    parts = [INTRODUCTION]
+    if results is not None:
+        ends = [result_of(found.get(name, ()), results).partition(",")[0] for name in table_rows]
+        otherwise = sum(bool(row.differs) for row in table_rows.values())
+        counted = ", ".join(f"{ends.count(end)} {end.strip('*')}" for end in dict.fromkeys(ends))
+        parts.append(f"{RESULTS}{counted}, of {len(ends)} rows; {otherwise} are met otherwise.\n")
     for prefix, title in SECTIONS.items():
         rows = []
-        for name, row in read_table().items():
+        for name, row in table_rows.items():
             if section_of(name) != prefix:
                 continue
             asks = f"{row.asks}. *Met otherwise: {row.differs}.*" if row.differs else f"{row.asks}."
@@ -164,11 +171,13 @@ def section_of(row: str) -> str:
 def link(test: str) -> str:
     """A test as a link to its file."""
     file, *_, name = test.split("::")
-    return f"[{name.removeprefix('test_')}](../{file})"
+    folder, _, stem = file.removeprefix("tests/").removesuffix(".py").rpartition("/")
+    return f"[{folder}/{stem.removeprefix('test_')}: {name.removeprefix('test_')}](../{file})"
 
 
 def without_results(page: str) -> str:
     """The page with every result left out: what the sources alone decide."""
+    page = re.sub(rf"^{RESULTS}.*\n\n", "", page, flags=re.MULTILINE)
     return re.sub(r"[^|]*\|$", " |", page, flags=re.MULTILINE)
 
 

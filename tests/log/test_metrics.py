@@ -54,6 +54,7 @@ def test_drop_rate_is_the_share_of_asked_pairs_that_were_not_kept():
     assert drop_rate(counts([8, 0]), counts([1, 0])).tolist() == [0.875]
 
 
+@pytest.mark.requirement("R2-62")
 def test_max_vio_is_the_excess_of_the_fullest_expert_over_the_mean():
     assert max_vio(counts([5, 2, 1, 0])).tolist() == [1.5]
     assert max_vio(counts([8, 0, 0, 0], [2, 2, 2, 2])).tolist() == [3.0, 0.0]

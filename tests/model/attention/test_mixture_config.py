@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from moedist.config import ConfigError
 from moedist.launch.choices import list_choices
@@ -165,3 +166,30 @@ def test_G15_what_attention_weights_take():
     case, of_all = GOLDEN["G15"], 32 * 4 * 8 * 128 * 128
     assert of_all == case["attn_weights_elems"] and of_all * 4 / 2**20 == case["attn_weights_MiB_f32"]
     assert of_all * (4096 / 128) ** 2 * 4 / 2**30 == case["attn_weights_GiB_f32_S4096"]
+
+
+def test_R2_56_cost_of_routing():
+    """D H + H E products per query, H being the router's hidden width; a product is two FLOPs."""
+    mixture = build()
+    with FlopCounterMode(display=False) as counter:
+        mixture.router(torch.randn(12, 8, dtype=torch.float64), TokenContext.of_rows(2, 6))
+    assert counter.get_total_flops() == 2 * 12 * (8 * 6 + 6 * 4)
+
+
+def computed_rows(num_experts: int, top_k: int) -> tuple[int, int]:
+    """Query rows that went through experts of one sequence of 32, and pairs that were kept."""
+    router, seen = MLPConfig(hidden_dim=6, top_k=top_k), []
+    mixture = build(MixtureConfig(num_heads=2, experts=(StandardConfig(),) * num_experts, router=router), 16)
+    for expert in mixture.bank.experts.values():
+        expert.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel()))
+    return sum(seen), int(run(mixture, 1, 32).plan.kept_E.sum())
+
+
+def test_R2_58_memory():
+    """Parameters of router, experts and projection; what is computed, and kept for backward, grows with K, not E."""
+    config = MixtureConfig(num_heads=2, experts=(StandardConfig(),) * 4, router=MLPConfig(hidden_dim=6))
+    parts = dict(config.build_mixture(16, device="meta").named_children())
+    count = {name: sum(parameter.numel() for parameter in parts[name].parameters()) for name in ("router", "bank")}
+    assert count == {"router": 16 * 6 + 6 + 6 * 4 + 4, "bank": 4 * 3 * 16**2}
+    assert computed_rows(4, 1) == (32, 32)
+    assert computed_rows(4, 2) == computed_rows(8, 2) == (64, 64)
