@@ -1,8 +1,21 @@
-"""Mixture of experts for one's own model: `MoELayer` and what belongs to training with it.
+"""Mixture of experts for one's own model: `MoELayer`, and what belongs to training with it.
 
-Above the trainer's floor because it lends from it; nothing below imports this room.
+It stands beside the rooms above the trainer because it lends from it; nothing below imports it.
 """
 
 from moedist.nn.layer import AuxLossModule, DiagnosticsProvider, MoELayer, MoELayerConfig
+from moedist.nn.monitor import ExpertSpecializationMonitor, ExpertStats
+from moedist.nn.training import MoELoss, MoEOptimizerConfig, parameter_groups, training_step
 
-__all__ = ["AuxLossModule", "DiagnosticsProvider", "MoELayer", "MoELayerConfig"]
+__all__ = [
+    "AuxLossModule",
+    "DiagnosticsProvider",
+    "ExpertSpecializationMonitor",
+    "ExpertStats",
+    "MoELayer",
+    "MoELayerConfig",
+    "MoELoss",
+    "MoEOptimizerConfig",
+    "parameter_groups",
+    "training_step",
+]

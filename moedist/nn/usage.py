@@ -28,6 +28,8 @@ class Usage:
         weight_E: routing weight (gates) of each expert, over all pairs.
         used_weight_E: the same over used pairs.
         mass_E: probability of each expert, of the full distribution.
+        squared_weight: 0-dim, squared gates over all pairs: of one token 1 where one expert has all its weight, 1 / K
+            where K experts share it evenly.
         num_tokens: 0-dim; all are fp64, so that one collective sums them and counts stay exact.
     """
 
@@ -35,6 +37,7 @@ class Usage:
     weight_E: Tensor
     used_weight_E: Tensor
     mass_E: Tensor
+    squared_weight: Tensor
     num_tokens: Tensor
 
     @classmethod
@@ -48,25 +51,42 @@ class Usage:
         used_N = live_N
         if routing.pairs_per_token == num_experts:
             used_N = live_N & (routing.probs_TE[routing.token_N, routing.expert_N] > 0.5 / num_experts)
-        gate_N = routing.gate_N.double()
+        gate_N = torch.where(live_N, routing.gate_N.double(), 0)
 
         def by_expert(value_N: Tensor) -> Tensor:
             return value_N.new_zeros(num_experts).scatter_add_(0, routing.expert_N, value_N)
 
         return cls(
             tokens_E=count(routing.expert_N, num_experts, used_N).double(),
-            weight_E=by_expert(torch.where(live_N, gate_N, 0)),
+            weight_E=by_expert(gate_N),
             used_weight_E=by_expert(torch.where(used_N, gate_N, 0)),
             mass_E=routing.probs_TE.double().masked_fill(~ctx.valid_T[:, None], 0).sum(0),
+            squared_weight=gate_N.square().sum(),
             num_tokens=ctx.valid_T.sum().double(),
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def of_gates(cls, gate_TE: Tensor) -> Usage:
+        """Of a matrix of gates [..., E], 0 where a token does not use an expert."""
+        gate_TE = gate_TE.reshape(-1, gate_TE.shape[-1]).double()
+        weight_E = gate_TE.sum(0)
+        return cls(
+            tokens_E=(gate_TE > 0).sum(0).double(),
+            weight_E=weight_E,
+            used_weight_E=weight_E,
+            mass_E=weight_E,
+            squared_weight=gate_TE.square().sum(),
+            num_tokens=torch.tensor(gate_TE.shape[0], dtype=torch.float64, device=gate_TE.device),
         )
 
     def over(self, dp: Axis) -> Usage:
         """Summed over the ranks; collective."""
-        packed = torch.cat([self.tokens_E, self.weight_E, self.used_weight_E, self.mass_E, self.num_tokens.reshape(1)])
-        of_experts, num_tokens = all_sum(packed, dp).split([packed.numel() - 1, 1])
+        scalars = torch.stack([self.squared_weight, self.num_tokens])
+        packed = torch.cat([self.tokens_E, self.weight_E, self.used_weight_E, self.mass_E, scalars])
+        of_experts, scalars = all_sum(packed, dp).split([packed.numel() - 2, 2])
         tokens_E, weight_E, used_weight_E, mass_E = of_experts.view(4, -1)
-        return Usage(tokens_E, weight_E, used_weight_E, mass_E, num_tokens[0])
+        return Usage(tokens_E, weight_E, used_weight_E, mass_E, scalars[0], scalars[1])
 
     def balance_loss(self) -> Tensor:
         """0-dim: ``E sum_i f_i P_i`` of these tokens; 0 without any."""

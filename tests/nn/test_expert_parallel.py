@@ -8,7 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moedist.moe.capacity import CapacityConfig
@@ -73,6 +76,32 @@ def one_device(*case: object) -> tuple[dict[int, Tensor], dict[int, Tensor], dic
     (sum(weighted(out) for out in outs) + 0.3 * aux).backward()
     grads = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
     return dict(enumerate(outs)), {rank: x.grad for rank, x in enumerate(xs)}, grads, aux.item()
+
+
+def under_fsdp(here: Here, ep: int) -> dict[str, Tensor]:
+    """Whole gradients where `spread` cuts every weight."""
+    layer = layer_of("all_to_all", "dropping", 2)
+    table = spread(layer, here.mesh_of(ep, WORLD))
+    x, ctx = batch(here.rank, sum(valid_tokens(rank) for rank in range(WORLD)))
+    (weighted(layer(x, ctx)) + 0.3 * layer.aux_loss).backward()
+    table.sum_copies(layer)
+    with pytest.raises(ValueError, match="cut by FSDP"):
+        layer.get_flat_parameters()
+    grads = {n: whole(p.grad) for n, p in layer.named_parameters() if p.requires_grad}
+    return {**grads, "norm": table.norm(layer)}
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_under_fsdp(ranks, ep: int):
+    *_, grads, _ = reference(("all_to_all", "dropping", 2, None))
+    norm = sum(grad.square().sum() for grad in grads.values()).sqrt()
+    seen = set()
+    for found in ranks(WORLD).run(under_fsdp, ep):
+        torch.testing.assert_close(found.pop("norm"), norm)
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, grads[name], atol=1e-12, rtol=1e-12, msg=name)
+        seen |= set(found)
+    assert seen == set(grads)
 
 
 def on_ranks(here: Here, ep: int, cases: list[tuple]) -> list[dict]:
@@ -148,18 +177,26 @@ def test_R1_40_ranks_equal_one_device(ranks, ep: int):
             assert tokens[case[3]] == 0
 
 
-def as_guest(here: Here, ep: int) -> tuple[dict[str, Tensor], float]:
-    """Two accumulated backward passes under DDP, where ranks call unlike experts."""
+def as_guest(here: Here, ep: int, wrapper: str) -> tuple[dict[str, Tensor], float]:
+    """Two accumulated backward passes, where ranks call unlike experts."""
     layer = layer_of("all_to_all", "dropless", 1)
     model = nn.Sequential(layer, nn.Linear(5, 2, dtype=torch.float64))
     experts = spread_as_guest(model, here.mesh_of(ep))
     assert all(".bank.experts." in name for name in experts)
-    ddp = DistributedDataParallel(model)
+    wrapped = model
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=here.mesh_of(1).device_mesh["replicate"], ignored_params=set(experts.values()))
     for step in range(2):
-        out = ddp(guest_batch(here.rank, step))
+        out = wrapped(guest_batch(here.rank, step))
         (weighted(out) + layer.aux_loss).backward()
     norm = clip_gradients(model, max_norm=1e-3).item()
-    return {name: p.grad / 1e-3 * norm for name, p in model.named_parameters() if p.requires_grad}, norm
+    return {name: whole(p.grad) / 1e-3 * norm for name, p in model.named_parameters() if p.requires_grad}, norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def guest_batch(rank: int, step: int) -> Tensor:
@@ -178,15 +215,36 @@ def guest_on_one_device() -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_guest_of_ddp(ranks, ep: int):
+@pytest.mark.parametrize(("ep", "wrapper"), [(1, "ddp"), (2, "ddp"), (4, "ddp"), (2, "fsdp2")])
+def test_guest_of_ddp_and_fsdp2(ranks, ep: int, wrapper: str):
     """Mean over ranks, accumulation, whole-model norm and clip, whatever order gradients arrive in."""
     expected = guest_on_one_device()
     whole = sum(grad.square().sum() for grad in expected.values()).sqrt().item()
     seen = set()
-    for grads, norm in ranks(WORLD).run(as_guest, ep):
+    for grads, norm in ranks(WORLD).run(as_guest, ep, wrapper):
         assert norm == pytest.approx(whole, rel=1e-12)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, expected[name], atol=1e-12, rtol=1e-9, msg=name)
         seen |= set(grads)
     assert seen == set(expected)
+
+
+def saved_and_loaded(here: Here, folder: str) -> list[bool]:
+    """Written at EP 2, read at EP 4 and 1: whether the whole vector is the same."""
+    layer = layer_of("all_to_all", "dropless", 2)
+    flat = layer.get_flat_parameters()
+    spread(layer, here.mesh_of(2))
+    dcp.save(layer.state_dict(), checkpoint_id=folder)
+    same = []
+    for ep in (4, 1):
+        other = layer_of("all_to_all", "dropless", 2)
+        other.set_flat_parameters(torch.zeros_like(flat))
+        spread(other, here.mesh_of(ep))
+        dcp.load(other.state_dict(), checkpoint_id=folder)
+        same.append(torch.equal(other.get_flat_parameters(), flat))
+    return same
+
+
+def test_checkpoints_know_experts_by_global_id(ranks, tmp_path):
+    for same in ranks(WORLD).run(saved_and_loaded, str(tmp_path / "checkpoint")):
+        assert same == [True, True]

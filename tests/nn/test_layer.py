@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from moedist.moe.capacity import CapacityConfig
@@ -408,6 +409,16 @@ def test_R1_33_export_round_trip(top_k: int, tmp_path):
     layer.reset_state()
     torch.export.export(layer, (x,))
     assert layer.usage is None
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_R1_34_fixed_slots_ask_nothing_of_the_host(top_k: int):
+    """Tensors without data: whoever wants a number of one raises. (The default dispatcher wants its sizes.)"""
+    with FakeTensorMode():
+        layer = layer_of(top_k=top_k, use_aux_loss=True, dispatch=PaddedConfig())
+        (layer(torch.empty(2, 4, 6, dtype=torch.float64)).sum() + layer.aux_loss).backward()
+        with pytest.raises(DataDependentOutputException):
+            layer_of(top_k=top_k)(torch.empty(8, 6, dtype=torch.float64))
 
 
 SAMPLE = torch.tensor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,19 +42,30 @@ class AdamWConfig(OptimizerConfig):
 
     def build(self, model: nn.Module, gradients: GradientTable) -> torch.optim.Optimizer:
         """One group per role and decay."""
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                decays = parameter.dim() >= 2 and not name.endswith("bias")
-                groups.setdefault((gradients.spread_of[name].role, decays), []).append(parameter)
         rates = {"router": self.router_lr, "experts": self.experts_lr, "other": self.other_lr}
-        settings: list[dict[str, Any]] = [
-            {
-                "name": role,
-                "params": parameters,
-                "lr": rates[role],
-                "weight_decay": self.weight_decay if decays else 0.0,
-            }
-            for (role, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ]
+        roles = {name: spread.role for name, spread in gradients.spread_of.items()}
+        settings = groups_by_role(model, roles, rates, self.weight_decay)
         return torch.optim.AdamW(settings, betas=(self.beta1, self.beta2), eps=self.eps)
+
+
+def groups_by_role(
+    model: nn.Module, role_of: Mapping[str, str], rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups: every trainable parameter in one, by its role and by whether it decays (matrices do, norms and
+    biases don't).
+
+    Args:
+        model: whose parameters.
+        role_of: by parameter name.
+        rates: learning rate by role.
+        weight_decay: of matrices.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() >= 2 and not name.endswith("bias")
+            groups.setdefault((role_of[name], decays), []).append(parameter)
+    return [
+        {"name": role, "params": parameters, "lr": rates[role], "weight_decay": weight_decay if decays else 0.0}
+        for (role, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
