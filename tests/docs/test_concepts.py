@@ -22,7 +22,9 @@ def test_R1_47_every_word_is_explained_to_newcomers():
 def test_R2_60_advice():
     """On experts and choices, the balance coefficient, the temperature, and what to watch."""
     advice = TEXT.partition("## Where to begin")[2]
-    for subject in ("Experts and choices", "Balance", "Temperature", "Capacity", "Watch"):
+    for subject in ("Experts and choices", "Balance", "Temperature", "Capacity", "Attention experts", "Watch"):
         assert f"- **{subject}" in advice
+    for kind in ("Standard", "hyperbolic", "linear", "edge-featured"):
+        assert kind in advice
     for value in ("0.01", "0.05", "0.1", "0.005", "0.5 to 0.8", "1.2 to 2", "4 to 8", "8 to 16"):
         assert value in advice

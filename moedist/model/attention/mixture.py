@@ -189,7 +189,11 @@ class AttentionMixture(RoutedLayer):
         Args:
             ctx: of the queries, T = B * Q.
             need_weights: whether to return attention weights, which takes B H Q S numbers per expert.
+
+        Raises:
+            ValueError: an input has another width than the mixture, or keys and values have unlike shapes.
         """
+        self._check_inputs(query_BQD, key_BSD, value_BSD)
         routing = self.router(query_BQD.flatten(0, 1), ctx)
         plan = plan_capacity(routing, ctx, self.config.capacity, layer=self.layer)
         # Each expert puts its own id into the names of its rows.
@@ -198,6 +202,13 @@ class AttentionMixture(RoutedLayer):
         mixed = self.bank(query_BQD, key_BSD, value_BSD, sight, plan, need_weights)
         out_BQD = nn.functional.linear(mixed.out_BQD, self.output_weight, self.output_bias)
         return MixtureOutput(out_BQD, self.report(routing, plan, ctx), routing, plan, mixed.weights)
+
+    def _check_inputs(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor) -> None:
+        for name, rows in (("query", query_BQD), ("key", key_BSD), ("value", value_BSD)):
+            if rows.shape[-1] != self.site.dim:
+                raise ValueError(f"the {name} is {rows.shape[-1]} wide, and the mixture was built for {self.site.dim}")
+        if key_BSD.shape != value_BSD.shape:
+            raise ValueError(f"keys {tuple(key_BSD.shape)} and values {tuple(value_BSD.shape)} do not go together")
 
     def cost(self, ep: int, passes: Passes = ONE_PASS, alike: str | None = None) -> BankCost:
         """What `spread` chooses the bank by; arguments as there. Of a mixture that is not spread yet."""

@@ -153,10 +153,15 @@ def test_R2_33_queries_keys_values_and_edges():
         output = mixture(query, key, key, Sight(edges=edges), TokenContext.of_rows(2, 3), need_weights=True)
         assert output.out_BQD.shape == (2, 3, 8)
         assert all(weights.shape == (2, 2, 3, 7) for weights in output.weights.values())
-    with pytest.raises((ValueError, RuntimeError)):
-        mixture(query[..., :5], key, key, Sight(), TokenContext.of_rows(2, 3))
+    ctx = TokenContext.of_rows(2, 3)
+    with pytest.raises(ValueError, match="the query is 5 wide, and the mixture was built for 8"):
+        mixture(query[..., :5], key, key, Sight(), ctx)
+    with pytest.raises(ValueError, match="the value is 6 wide"):
+        mixture(query, key, key[..., :6], Sight(), ctx)
+    with pytest.raises(ValueError, match=r"keys \(2, 7, 8\) and values \(2, 6, 8\) do not go together"):
+        mixture(query, key, key[:, :6], Sight(), ctx)
     with pytest.raises(ValueError, match="edge"):
-        mixture(query, key, key, Sight(edges=torch.randn(2, 3, 7, 4).double()), TokenContext.of_rows(2, 3))
+        mixture(query, key, key, Sight(edges=torch.randn(2, 3, 7, 4).double()), ctx)
 
 
 def test_G15_what_attention_weights_take():
