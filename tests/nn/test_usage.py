@@ -31,7 +31,7 @@ def test_G9_diagnostics_of_two_examples():
 
     case = GOLDEN["G9_seed_example"]
     tokens_E, one = torch.tensor(case["tokens"], dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    found = usage_diagnostics(Usage(tokens_E, one, one, one, tokens_E.sum()), with_loss=False)
+    found = usage_diagnostics(Usage(tokens_E, one, one, one, one.sum(), tokens_E.sum()), with_loss=False)
     assert found["usage_variance"] == pytest.approx(case["pop_var_counts"])
     assert found["usage_variance_fraction"] == pytest.approx(case["pop_var_fractions"])
     assert found["max_min_ratio"] == pytest.approx(case["max_min_ratio"])

@@ -40,6 +40,11 @@ class ForcedConfig(TopKConfig):
         """Named in every log line."""
         return f"forced {self.pattern}"
 
+    @property
+    def draws_noise(self) -> bool:
+        """With ``zipf``, whose pattern is drawn."""
+        return self.pattern == "zipf" or super().draws_noise
+
     def check(self, num_experts: int) -> None:  # noqa: D102
         super().check(num_experts)
         require(
