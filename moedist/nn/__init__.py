@@ -3,6 +3,7 @@
 It stands beside the rooms above the trainer because it lends from it; nothing below imports it.
 """
 
+from moedist.nn.attention import ExpertType, MoEAttention, MoEAttentionConfig, MoEAttentionOutput, usage_loss
 from moedist.nn.layer import AuxLossModule, DiagnosticsProvider, MoELayer, MoELayerConfig
 from moedist.nn.monitor import ExpertSpecializationMonitor, ExpertStats
 from moedist.nn.training import MoELoss, MoEOptimizerConfig, parameter_groups, training_step
@@ -12,10 +13,15 @@ __all__ = [
     "DiagnosticsProvider",
     "ExpertSpecializationMonitor",
     "ExpertStats",
+    "ExpertType",
+    "MoEAttention",
+    "MoEAttentionConfig",
+    "MoEAttentionOutput",
     "MoELayer",
     "MoELayerConfig",
     "MoELoss",
     "MoEOptimizerConfig",
     "parameter_groups",
     "training_step",
+    "usage_loss",
 ]

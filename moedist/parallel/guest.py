@@ -40,7 +40,7 @@ def spread_as_guest(model: nn.Module, mesh: Mesh) -> dict[str, nn.Parameter]:
     if mesh.fsdp is not None:
         raise ValueError("a mesh with fsdp cuts every weight, which here is the wrapper's part: take adopt_mesh's")
     names = experts_to_spread(model)
-    spread(model, mesh)
+    spread(model, mesh, alike="a loop that averages gradients must know them on every rank")
     experts = {name: parameter for name, parameter in model.named_parameters() if name in names}
     trained = [parameter for parameter in experts.values() if parameter.requires_grad and mesh.dp.size > 1]
     for parameter in trained:

@@ -183,12 +183,15 @@ class AttentionMixture(RoutedLayer):
         sight: Sight,
         ctx: TokenContext,
         need_weights: bool = False,
+        named: bool = True,
     ) -> MixtureOutput:
         """[B, Q, D] queries, [B, S, D] keys and values -> [B, Q, D].
 
         Args:
             ctx: of the queries, T = B * Q.
             need_weights: whether to return attention weights, which takes B H Q S numbers per expert.
+            named: whether ``ctx`` names the rows in a run, so that what is random is drawn by name; else by torch's
+                generator.
 
         Raises:
             ValueError: an input has another width than the mixture, or keys and values have unlike shapes.
@@ -196,9 +199,9 @@ class AttentionMixture(RoutedLayer):
         self._check_inputs(query_BQD, key_BSD, value_BSD)
         routing = self.router(query_BQD.flatten(0, 1), ctx)
         plan = plan_capacity(routing, ctx, self.config.capacity, layer=self.layer)
-        # Each expert puts its own id into the names of its rows.
-        sample_B = ctx.sample_T.view(query_BQD.shape[:2])[:, 0]
-        sight = dataclasses.replace(sight, names=RowNames(ctx.seed, ctx.step, self.layer, 0, sample_B))
+        if named:  # each expert puts its own id in
+            sample_B = ctx.sample_T.view(query_BQD.shape[:2])[:, 0]
+            sight = dataclasses.replace(sight, names=RowNames(ctx.seed, ctx.step, self.layer, 0, sample_B))
         mixed = self.bank(query_BQD, key_BSD, value_BSD, sight, plan, need_weights)
         out_BQD = nn.functional.linear(mixed.out_BQD, self.output_weight, self.output_bias)
         return MixtureOutput(out_BQD, self.report(routing, plan, ctx), routing, plan, mixed.weights)
