@@ -170,6 +170,7 @@ def test_R1_07_one_score_per_expert():
         layer(vectors(2))
 
 
+@pytest.mark.requirement("C1")
 def test_R1_08_output_activation():
     plain, active = layer_of(), layer_of(output_activation=nn.Tanh())
     x = vectors(3)
