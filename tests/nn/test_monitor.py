@@ -15,6 +15,7 @@ from tests.ranks import Here
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "routing.json").read_text())["G13_monitor"]
 
 
+@pytest.mark.requirement("G13")
 def test_R2_51_averages():
     monitor = ExpertSpecializationMonitor(4)
     for gates in GOLDEN["gates"]:
