@@ -2,7 +2,7 @@
 
 python -m tests.docs.requirements_page                       prints the page, without results
 python -m tests.docs.requirements_page --write               runs the tests of all rows, then writes the page
-python -m tests.docs.requirements_page --write --junit FILE  takes the results of a run with pytest --junit-xml=FILE
+python -m tests.docs.requirements_page --write --junit FILE  takes the results of runs with pytest --junit-xml=FILE
 
 Words and places come from tests/docs/requirements.yaml; tests are found by their mark, or by their name.
 """
@@ -112,8 +112,17 @@ def marked_rows(node: ast.FunctionDef) -> Iterator[str]:
             yield from (ast.literal_eval(row) for row in decorator.args)
 
 
-def read_results(junit: Path) -> dict[str, list[str]]:
-    """Node id without parameters -> how each of its cases ended: ``pass``, ``fail`` or ``skip``."""
+def read_results(files: Sequence[Path]) -> dict[str, list[str]]:
+    """Node id without parameters -> how each of its cases ended: ``pass``, ``fail`` or ``skip``; where several files
+    have a test, as in the last of them."""
+    results: dict[str, list[str]] = {}
+    for file in files:
+        results |= read_run(file)
+    return results
+
+
+def read_run(junit: Path) -> dict[str, list[str]]:
+    """The same of one file."""
     ends: dict[str, list[str]] = defaultdict(list)
     for case in ElementTree.parse(junit).iter("testcase"):
         module, _, classes = re.fullmatch(r"([\w.]*?test_\w+)(\.(.+))?", case.attrib["classname"]).groups()
@@ -187,19 +196,19 @@ def run_tests() -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "results.xml"
         subprocess.run([sys.executable, "-m", "pytest", *tests, f"--junit-xml={junit}"], cwd=ROOT, check=False)
-        return read_results(junit)
+        return read_run(junit)
 
 
 def main() -> None:
     """Prints the page, or writes it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--junit", type=Path)
+    parser.add_argument("--junit", type=Path, nargs="+")
     args = parser.parse_args()
     if not args.write:
         print(text())
         return
-    PAGE.write_text(text(read_results(args.junit) if args.junit else run_tests()))
+    PAGE.write_text(text(read_results(args.junit) if args.junit else run_tests()), encoding="utf-8")
 
 
 if __name__ == "__main__":

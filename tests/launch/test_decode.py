@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moedist.config import Config, ConfigErrors, require, to_mapping
@@ -46,6 +46,7 @@ def errors_of(config_class: type[Config], mapping: object) -> dict[str, str]:
 
 
 @pytest.mark.requirement("R0-03")
+@settings(deadline=None)
 @given(
     st.builds(
         Leaf,

@@ -224,6 +224,7 @@ def test_temperature(temperature):
     with torch.no_grad():
         router.hidden_weight.copy_(torch.eye(3))
         router.weight.copy_(torch.eye(3))
+        router.hidden_bias.zero_(), router.bias.zero_()
     routing = router(torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64), TokenContext.of_rows(1, 1))
     assert routing.probs_TE[0].tolist() == pytest.approx(case["p"], abs=1e-8)
     assert torch.special.entr(routing.probs_TE).sum().item() == pytest.approx(case["entropy"], abs=1e-12)
