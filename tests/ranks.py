@@ -51,7 +51,6 @@ class Here:
     rank: int
     world: int
     _meshes: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict)
-    _lasting: set[Any] = dataclasses.field(default_factory=set)
 
     def mesh_of(self, ep: int, fsdp: int | None = None, ranks_per_node: int | None = None) -> Any:
         """The mesh of these sizes on the CPU. Kept for later jobs: sub-groups cost time. Call it on all ranks alike."""
@@ -61,25 +60,8 @@ class Here:
 
         sizes = (ep, fsdp, ranks_per_node)
         if sizes not in self._meshes:
-            before = self._groups()
             self._meshes[sizes] = grid(self.world, ep, torch.device("cpu"), fsdp=fsdp, ranks_per_node=ranks_per_node)
-            self._lasting |= self._groups() - before
         return self._meshes[sizes]
-
-    def leave_groups(self) -> None:
-        """Ends the process groups that a job has made. Each gloo group has a thread that wakes a hundred times a
-        second: hundreds of forgotten ones take the cores from everybody."""
-        import torch.distributed as dist
-
-        for group in self._groups() - self._lasting - {dist.group.WORLD}:
-            dist.destroy_process_group(group)
-
-    @staticmethod
-    def _groups() -> set[Any]:
-        """All process groups of this rank."""
-        import torch.distributed as dist
-
-        return set(dist.distributed_c10d._world.pg_map)
 
 
 class RankPool:
@@ -195,6 +177,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_a_device()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
@@ -216,10 +199,28 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
                 answer = pickle.dumps((True, function(here, *args, **kwargs)))
             except BaseException:
                 answer = pickle.dumps((False, traceback.format_exc()))
-            here.leave_groups()
             faulthandler.cancel_dump_traceback_later()
             pipe.send_bytes(answer)
     dist.destroy_process_group()
+
+
+def _share_a_device() -> None:
+    """Lets all process groups of this rank talk through one gloo device.
+
+    Each device has a thread that wakes a hundred times a second, and tests make hundreds of groups: with a device for
+    each, which is what torch gives them, idle ranks took both cores from the tests.
+    """
+    from torch.distributed import ProcessGroupGloo
+
+    device = ProcessGroupGloo.create_default_device()
+    first = ProcessGroupGloo.__init__
+
+    def over_the_device(self: Any, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._threads, options._timeout = [device], 2, timeout
+        first(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = over_the_device
 
 
 def _module(path: str, name: str) -> Any:
