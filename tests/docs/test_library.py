@@ -23,7 +23,7 @@ import moedist.moe
 import moedist.parallel
 from moedist.mesh import adopt_mesh
 from moedist.moe import MoEConfig, TokenContext
-from moedist.moe import layer as moe_layer
+from moedist.moe import routed
 from moedist.moe.balance.bias import BiasConfig
 from moedist.parallel import spread_as_guest
 from tests.docs.pages import ROOT, blocks, prose
@@ -59,7 +59,7 @@ class OneDevice:
 
         def forward(at: int, count: Any) -> Tensor:
             with (
-                mock.patch.object(moe_layer, "all_sum", count),
+                mock.patch.object(routed, "all_sum", count),
                 mock.patch.object(script.dist, "all_reduce", lambda tensor: tensor.copy_(self.num_tokens)),
                 mock.patch.object(script.dist, "get_world_size", lambda: 1),
             ):
