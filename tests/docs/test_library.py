@@ -22,8 +22,7 @@ import moedist.mesh
 import moedist.moe
 import moedist.parallel
 from moedist.mesh import adopt_mesh
-from moedist.moe import MoEConfig, TokenContext
-from moedist.moe import routed
+from moedist.moe import MoEConfig, TokenContext, routed
 from moedist.moe.balance.bias import BiasConfig
 from moedist.parallel import spread_as_guest
 from tests.docs.pages import ROOT, blocks, prose
