@@ -57,10 +57,10 @@ def mixed(bank: str = "gathered", **train: Any) -> Any:
     return changed(CONFIG, model={"attention": attention}, train=train)
 
 
-def on_ranks(here: Here, cases: list[tuple[Any, int]], steps: int) -> list[Any]:
+def on_ranks(here: Here, cases: list[tuple[Any, int, int | None]], steps: int) -> list[Any]:
     found = []
-    for config, ep in cases:
-        trainer = make_trainer(config, config.data.open(), here.mesh_of(ep))
+    for config, ep, fsdp in cases:
+        trainer = make_trainer(config, config.data.open(), here.mesh_of(ep, fsdp))
         sharded = [mixture.bank.sharded for mixture in trainer.measures.mixtures]
         found.append((run_steps(trainer, steps), sharded))
     return found
@@ -70,16 +70,17 @@ def check_parity(ranks: Any, world: int, eps: tuple[int, ...], accumulations: tu
     for accumulation in accumulations:
         tokens = world * accumulation * ROWS * LENGTH
         cases = [
-            (mixed(bank, global_batch_tokens=tokens, activation_checkpointing=again), ep)
+            (mixed(bank, global_batch_tokens=tokens, activation_checkpointing=again), ep, None)
             for ep in eps
             for bank in ("replicated", "gathered")
             for again in ("none", "full")
         ]
+        cases += [(mixed("auto", global_batch_tokens=tokens), ep, world) for ep in eps]
         reference = mixed(global_batch_tokens=tokens)
         expected = run_steps(make_trainer(reference, reference.data.open(), Mesh.alone()), 2)
         held: list[set[str]] = [set() for _ in cases]
         for results in ranks(world).run(on_ranks, cases, 2):
-            for place, ((got, sharded), (config, ep)) in enumerate(zip(results, cases, strict=True)):
+            for place, ((got, sharded), (config, ep, _)) in enumerate(zip(results, cases, strict=True)):
                 assert sharded == [config.model.attention.bank == "gathered" and ep > 1] * 3
                 held[place] |= got.grads.keys()
                 for values, others in ((got.grads, expected.grads), (got.last, expected.last)):
