@@ -229,6 +229,39 @@ def test_guest_of_ddp_and_fsdp2(ranks, ep: int, wrapper: str):
     assert seen == set(expected)
 
 
+def mostly_frozen() -> MoELayer:
+    """Trained are the experts from number 2 on: at EP 4 the first rank trains nothing."""
+    layer = layer_of("all_to_all", "dropless", 2)
+    layer.moe.router.requires_grad_(False)
+    for number in ("0", "1"):
+        layer.moe.bank.experts.expert[number].requires_grad_(False)
+    layer.use_aux_loss = False
+    return layer
+
+
+def train_mostly_frozen(here: Here) -> tuple[dict[str, Tensor], float]:
+    """Gradients, and the norm of the whole model."""
+    layer = mostly_frozen()
+    table = spread(layer, here.mesh_of(4))
+    weighted(layer(guest_batch(here.rank, 0))).backward()
+    table.sum_copies(layer)
+    return {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}, table.norm(layer).item()
+
+
+def test_R1_18_a_rank_may_have_nothing_to_train(ranks):
+    """Its part in the exchange of gradients, and in the norm, is asked for all the same."""
+    layer = mostly_frozen()
+    sum(weighted(layer(guest_batch(rank, 0))) for rank in range(WORLD)).backward()
+    expected = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
+    norm = sum(grad.square().sum() for grad in expected.values()).sqrt().item()
+    results = ranks(WORLD).run(train_mostly_frozen)
+    assert results[0][0] == {}
+    for grads, found in results:
+        assert found == pytest.approx(norm)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected[name], atol=1e-12, rtol=1e-12, msg=name)
+
+
 def saved_and_loaded(here: Here, folder: str) -> list[bool]:
     """Written at EP 2, read at EP 4 and 1: whether the whole vector is the same."""
     layer = layer_of("all_to_all", "dropless", 2)

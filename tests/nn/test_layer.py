@@ -228,7 +228,7 @@ def test_R1_16_number_of_parameters():
 
 
 @pytest.mark.requirement("R1-17", "D7")
-@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("top_k", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_R1_17_compiles_into_one_graph(top_k: int):
     """Dense routing too, where a graph once held a top-0 softmax of zeros; balance loss and diagnostics included."""
     layer = layer_of(top_k=top_k, use_aux_loss=True, dispatch=PaddedConfig())
@@ -400,7 +400,7 @@ def test_R1_31_uniform_is_one():
 
 
 @pytest.mark.requirement("R1-33", "D7")
-@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("top_k", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_R1_33_export_round_trip(top_k: int, tmp_path):
     layer, x = layer_of(top_k=top_k, dispatch=PaddedConfig()).eval(), vectors(2, 4)
     program = torch.export.export(layer, (x,))
