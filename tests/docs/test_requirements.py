@@ -19,8 +19,6 @@ from tests.docs.requirements_page import (
 )
 
 ROWS, TESTS = read_table(), rows_of_sources()
-OPEN: set[str] = {"R2-48", "R2-49", "R2-50", "R2-51", "R2-52", "R2-53", "R2-54", "G13"}
-"""Rows that need not have a test yet; take a row out with the test that holds it."""
 
 
 def test_all_rows_are_in_the_table():
@@ -35,10 +33,10 @@ def test_all_rows_are_in_the_table():
 
 def test_every_row_has_a_test():
     assert TESTS.keys() <= ROWS.keys(), "a mark or a name names no row"
-    assert not ROWS.keys() - TESTS.keys() - OPEN
+    assert not ROWS.keys() - TESTS.keys()
 
 
-@pytest.mark.parametrize("row", sorted(ROWS.keys() - OPEN))
+@pytest.mark.parametrize("row", ROWS)
 def test_places_exist(row: str):
     """Keys and choices are looked up by tests/docs/test_pages.py."""
     for place in ROWS[row].where:
@@ -48,7 +46,6 @@ def test_places_exist(row: str):
             assert (ROOT / place).exists(), place
 
 
-@pytest.mark.skipif(bool(OPEN), reason="the page is written when every row has its test")
 def test_the_page_is_that_of_the_table_and_the_tests():
     assert without_results(PAGE.read_text()) == without_results(text()), (
         "run: python -m tests.docs.requirements_page --write"
