@@ -1,5 +1,4 @@
-// Draws the analysis in DATA. What comes from a text or a run reaches the page as text only: textContent here, `plain`
-// in charts, whose labels would otherwise read a few tags as markup.
+// Draws the analysis in DATA.
 
 // Okabe and Ito's colours; further experts repeat them, and the page names an expert wherever it is pointed at.
 const COLORS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999"];
@@ -9,17 +8,6 @@ let DATA = null;
 
 // ---- small parts -------------------------------------------------------------------------------------------------
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "style") node.style.cssText = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
-function plain(text) { return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); }
 function percent(value) { return `${(100 * value).toFixed(1)} %`; }
 function tint(expert) { return `${COLORS[expert % COLORS.length]}80`; }
 function visible(text) {  // a token in a table
@@ -30,13 +18,6 @@ function layer() { return corpus().layers[chosen.layer]; }
 function sizes() { return DATA.layers[chosen.layer]; }
 function blocks() { return Object.keys(DATA.layers); }
 function experts(number) { return Array.from({ length: number }, (_, place) => String(place)); }
-function picker(name, options, current, change) {
-  const select = make("select", { "aria-label": name, onchange: (event) => { change(event.target.value); draw(); } });
-  for (const [value, text] of options) {
-    select.append(make("option", { value, ...(value === current ? { selected: "" } : {}) }, text));
-  }
-  return make("label", {}, name, select);
-}
 function card(title, note, body, wide = false) {
   return make("section", { class: wide ? "card wide" : "card" }, make("h3", {}, title), make("p", {}, note), body);
 }
@@ -53,10 +34,10 @@ function plot(data, layout, height = 300) {
   requestAnimationFrame(() => Plotly.newPlot(node, data, all, { displayModeBar: false, responsive: true }));
   return node;
 }
-function map(z, x, y, { unit, xTitle, yTitle, most = null, percents = true, height = null }) {
+function map(z, x, y, { unit, xTitle, yTitle, percents = true, height = null }) {
   const form = percents ? ":.1%" : ":.2f";
   return plot([{
-    type: "heatmap", z, x, y, colorscale: SHADES, zmin: 0, ...(most === null ? {} : { zmax: most }), xgap: 1, ygap: 1,
+    type: "heatmap", z, x, y, colorscale: SHADES, zmin: 0, xgap: 1, ygap: 1,
     hovertemplate: `${plain(yTitle)} %{y}<br>${plain(xTitle)} %{x}<br>%{z${form}}<extra></extra>`,
     colorbar: { title: { text: unit, side: "right" }, thickness: 12, outlinewidth: 0, tickformat: percents ? ".0%" : "" },
   }], {
@@ -150,10 +131,10 @@ function saturation() {
 
 function coloured() {
   const { rows, experts: choices } = corpus().excerpt;
-  const keys = make("div", { class: "keys", role: "group", "aria-label": "experts" });
+  const pens = make("div", { class: "pens", role: "group", "aria-label": "experts" });
   for (const expert of experts(sizes().experts)) {
     const on = chosen.expert === Number(expert);
-    keys.append(make("button", {
+    pens.append(make("button", {
       style: `background:${tint(Number(expert))}`, "aria-pressed": String(on),
       onclick: () => { chosen.expert = on ? null : Number(expert); draw(); },
     }, `expert ${expert}`));
@@ -173,7 +154,7 @@ function coloured() {
   });
   const note = chosen.expert === null ? "Each token in the colour of its first choice; point at one for all of its experts, press an expert to see its tokens alone."
     : `Tokens that have expert ${chosen.expert} among their choices.`;
-  return card("Text by expert", note, make("div", {}, keys, make("div", { class: "texts" }, ...texts)), true);
+  return card("Text by expert", note, make("div", {}, pens, make("div", { class: "texts" }, ...texts)), true);
 }
 function favourites() {
   const body = make("tbody");
@@ -202,9 +183,9 @@ function tiles() {
 }
 function draw() {
   document.querySelector("h1").textContent = `${DATA.run}, step ${DATA.step}: routing`;
-  document.getElementById("pickers").replaceChildren(
-    picker("text", Object.keys(DATA.corpora).map((name) => [name, name]), chosen.corpus, (name) => { chosen.corpus = name; }),
-    picker("layer", blocks().map((block) => [block, block]), chosen.layer, (block) => { chosen.layer = block; chosen.expert = null; }),
+  document.getElementById("controls").replaceChildren(
+    picker("text", Object.keys(DATA.corpora).map((name) => [name, name]), chosen.corpus, (name) => { chosen.corpus = name; draw(); }),
+    picker("layer", blocks().map((block) => [block, block]), chosen.layer, (block) => { chosen.layer = block; chosen.expert = null; draw(); }),
   );
   const few = DATA.domains.corpora.length > 1 ? [domainMap()] : [];
   const others = Object.keys(DATA.saturation).length ? [saturation()] : [];
@@ -214,15 +195,11 @@ function draw() {
     make("h2", {}, "All layers"), make("div", { class: "grid" }, loadMap(), information(), ...others),
   );
 }
-async function unpack(id) {
-  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-}
-async function start() {
-  document.head.append(Object.assign(make("script", { nonce: NONCE }), { textContent: await unpack("library") }));
-  DATA = JSON.parse(await unpack("data"));
+async function begin() {
+  DATA = await unpack();
   chosen.corpus = Object.keys(DATA.corpora)[0];
   chosen.layer = blocks().at(-1);
   draw();
+  requestAnimationFrame(() => { document.documentElement.dataset.drawn = "yes"; });
 }
-start();
+begin();

@@ -87,20 +87,19 @@ def measure(config: MeshConfig, enter: Callable[[str], None]) -> Links:
         MissingRanksError: a rank did not come, or hung in a collective.
     """
     enter("meeting")
-    roll = meet(config.timeout_s)
-    came = roll.begin("the meeting", socket.gethostname())
-    enter("process group")
-    roll.begin("the process group")
-    mesh = join_mesh(dataclasses.replace(config, ep=1, fsdp=None), PrefixStore("group", roll.store))
-    trial = Trial(mesh, roll, enter)
-    compute_s = trial.compute()
-    collectives = {
-        "barrier": trial.barrier(),
-        "all-reduce": trial.all_reduce(),
-        "all-to-all even": trial.all_to_all(even=True),
-        "all-to-all uneven": trial.all_to_all(even=False),
-    }
-    pair_bytes, pair_s = trial.pairs() if len(came) > 1 else (0, ((None,),))
+    with meet(config.timeout_s) as roll:
+        came = roll.begin("the meeting", socket.gethostname())
+        with together(roll, enter, "the process group"):
+            mesh = join_mesh(dataclasses.replace(config, ep=1, fsdp=None), PrefixStore("group", roll.store))
+        trial = Trial(mesh, roll, enter)
+        compute_s = trial.compute()
+        collectives = {
+            "barrier": trial.barrier(),
+            "all-reduce": trial.all_reduce(),
+            "all-to-all even": trial.all_to_all(even=True),
+            "all-to-all uneven": trial.all_to_all(even=False),
+        }
+        pair_bytes, pair_s = trial.pairs() if len(came) > 1 else (0, ((None,),))
     return Links(
         device=mesh.device.type,
         backend=dist.get_backend(),
@@ -128,6 +127,17 @@ def meet(limit_s: float) -> RollCall:
     except (RuntimeError, dist.DistError) as error:
         raise MissingRanksError(f"{host}:{port}, where it should keep the store,", [0], limit_s) from error
     return RollCall(store, rank, world_size, limit_s)
+
+
+@contextlib.contextmanager
+def together(roll: RollCall, enter: Callable[[str], None], phase: str) -> Iterator[None]:
+    """All ranks begin a phase together; one that then hangs is named."""
+    enter(phase)
+    roll.begin(phase)
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise roll.lost(phase, error) from error
 
 
 class Trial:
@@ -220,15 +230,8 @@ class Trial:
             wrong = self._gather([float(not torch.equal(exchange.work(), exchange.wanted))])[:, 0]
             return Collective(num_bytes, seconds, tuple(wrong.nonzero()[:, 0].tolist()))
 
-    @contextlib.contextmanager
-    def _phase(self, phase: str) -> Iterator[None]:
-        """All ranks begin together; one that then hangs is named."""
-        self.enter(phase)
-        self.roll.begin(phase)
-        try:
-            yield
-        except (RuntimeError, dist.DistError) as error:
-            raise self.roll.lost(phase, error) from error
+    def _phase(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        return together(self.roll, self.enter, phase)
 
     def _times(self, work: Callable[[], object], tries: int) -> list[float]:
         """Seconds of each try, all ranks beginning together; the first, which makes connections, is not counted."""

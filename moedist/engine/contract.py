@@ -13,6 +13,9 @@ from moedist.config import Choice
 from moedist.mesh import Mesh, MeshConfig
 from moedist.parallel.gradients import GradientTable
 
+GradientOf = Callable[[nn.Parameter], Tensor | None]
+"""A parameter's gradient, or the part of it that this rank holds; None where there is none."""
+
 
 class Engine(Protocol):
     """Backward, step and state of one run; made once per run on every rank."""
@@ -21,12 +24,12 @@ class Engine(Protocol):
         """Adds the gradient of this rank's share of the global loss; ``last`` for the step's last micro-batch."""
         ...
 
-    def step(self, summed: Callable[[], None] = lambda: None) -> float:
+    def step(self, summed: Callable[[GradientOf], None] = lambda gradient_of: None) -> float:
         """Sums the gradients over ranks, clips, updates, clears.
 
         Args:
-            summed: called once every ``parameter.grad`` is that of the global batch, before the clip; not called by an
-                engine that keeps gradients elsewhere.
+            summed: called by all ranks once gradients are those of the global batch, before the clip, with what tells
+                them.
 
         Returns:
             The norm of the whole model's gradient before the clip, equal on all ranks. Where it is not finite, the

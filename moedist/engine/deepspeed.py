@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moedist.config import ConfigError, require
-from moedist.engine.contract import EngineConfig, TrainingStep
+from moedist.engine.contract import EngineConfig, GradientOf, TrainingStep
 from moedist.engine.deepspeed_json import AUTO, KEY, Merged, merge
 from moedist.mesh import Mesh, MeshConfig
 from moedist.parallel.gradients import GradientTable
@@ -178,13 +178,13 @@ class DeepSpeedEngine:
         # a gradient alone that came through another tensor.
         self.engine.backward(self.engine(loss).clone(), scale_wrt_gas=False)
 
-    def step(self, summed: Callable[[], None] = lambda: None) -> float:
+    def step(self, summed: Callable[[GradientOf], None] = lambda gradient_of: None) -> float:
         """Norm, clip, update, clear: DeepSpeed's, but for the norm and the clip of ZeRO 0."""
         self.rates = self._rates()
+        summed(gradient_of)
         if self.zero is not None:
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
-        summed()
         norm = self.gradients.norm(self.model).item()
         if not math.isfinite(norm):
             self.engine.zero_grad()
@@ -509,6 +509,14 @@ def fill_in(merged: Merged, groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> 
         settings["scheduler"]["params"]["warmup_max_lr"] = peaks
         notes.append(f"scheduler.params.warmup_max_lr: {peaks}, filled in: the peak of each group")
     return Merged(settings, tuple(notes))
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's summed gradient, whole, from the ranks over which ZeRO cut it: then a collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradient: Tensor | None = safe_get_full_grad(parameter)
+    return gradient
 
 
 def gather(parameter: nn.Parameter, key: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moedist.config import require
-from moedist.engine.contract import EngineConfig, TrainingStep
+from moedist.engine.contract import EngineConfig, GradientOf, TrainingStep
 from moedist.mesh import Mesh, MeshConfig
 from moedist.parallel import GradientTable, sum_replicas
 
@@ -77,10 +77,10 @@ class NativeEngine:
         sum_replicas(self.model, now=last)
         loss.backward()
 
-    def step(self, summed: Callable[[], None] = lambda: None) -> float:
+    def step(self, summed: Callable[[GradientOf], None] = lambda gradient_of: None) -> float:
         """Sum, norm, clip, update, clear."""
         self.gradients.sum_copies(self.model)
-        summed()
+        summed(lambda parameter: parameter.grad)
         norm = self.gradients.norm(self.model).item()
         if math.isfinite(norm):
             if self.clip_norm is not None and norm > self.clip_norm:

@@ -1,5 +1,4 @@
-// Draws the runs in DATA. What comes from a run reaches the page as text only: textContent here, `plain` in charts,
-// whose labels would otherwise read a few tags as markup.
+// Draws the runs in DATA.
 
 const LINES = {  // Okabe and Ito's colours, those that stand out from the ground first
   light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"],
@@ -57,17 +56,6 @@ const drawings = [];  // functions that draw a chart from DATA and `chosen`
 
 // ---- small parts -------------------------------------------------------------------------------------------------
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "style") node.style.cssText = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-function plain(text) { return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); }
 function fixed(digits) { return (value) => value.toFixed(digits); }
 function whole(value) { return Math.round(value).toLocaleString("en-US"); }
 function percent(value) { return `${(100 * value).toFixed(value < 0.1 ? 2 : 1)} %`; }
@@ -80,12 +68,6 @@ function mapped() { return DATA.runs.flatMap((run) => run.attention ? [run, { ..
 function shownRuns() { return DATA.runs.map((run, place) => ({ run, place })).filter(({ place }) => !chosen.hidden.has(place)); }
 function color(place) { return LINES[theme()][place % LINES[theme()].length]; }
 function dash(place) { return DASHES[Math.floor(place / LINES[theme()].length) % DASHES.length]; }
-function picker(name, options, current, change) {
-  const select = make("select", { "aria-label": name, onchange: (event) => change(event.target.value) });
-  for (const [value, text] of options) select.append(make("option", { value, ...(String(value) === String(current) ? { selected: "" } : {}) }, text));
-  return make("label", {}, name, select);
-}
-
 function refill(node, what, children) {  // only where it says something new, so that nobody loses what is in hand
   const said = JSON.stringify(what);
   if (node.said !== said) node.replaceChildren(...children());
@@ -437,10 +419,6 @@ function charts(title, ...more) {
   drawings.push(() => { node.hidden = !CHARTS[title].some(({ keys }) => keys.some(([key]) => DATA.runs.some((run) => run.scalars[key]))); });
   return node;
 }
-async function inflate(id) {
-  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-}
 async function follow(said) {
   try {
     const answer = await fetch(`/data?version=${DATA.version}`);
@@ -456,8 +434,7 @@ async function follow(said) {
 }
 async function begin() {
   document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  document.head.append(Object.assign(document.createElement("script"), { nonce: NONCE, textContent: await inflate("library") }));
-  DATA = JSON.parse(await inflate("data"));
+  DATA = await unpack();
   const said = make("span", {}, REFRESH_S === null ? `made ${DATA.made}` : "live");
   build();
   controls(said);

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, its program and the charting library in it; it fetches nothing.
+"""A page: one HTML file with its data, its program and the charting library in it; it fetches nothing.
 
 The data and the library are compressed and written in base64, whose letters can end no element and begin none. The
 page's program inserts text as text, never as HTML, and the page allows no script but its own.
@@ -41,18 +41,41 @@ def render(data: Mapping[str, Any], *, refresh_s: float | None = None) -> str:
     Raises:
         ReportError: the charting library is not installed.
     """
-    files = resources.files("moedist.report")
-    return string.Template((files / "page.html").read_text(encoding="utf-8")).substitute(
-        mark=MARK,
-        title=html.escape(data["title"]),
+    program = f"const REFRESH_S = {json.dumps(refresh_s)};\n{read_part('page.js')}"
+    return build_page(data["title"], data, program, mark=MARK, connect="'none'" if refresh_s is None else "'self'")
+
+
+def build_page(
+    title: str, data: Mapping[str, Any], program: str, *, style: str = "", mark: str = "", connect: str = "'none'"
+) -> str:
+    """A page as text.
+
+    Args:
+        title: plain text.
+        data: what the program shows, its ``DATA``.
+        program: JavaScript on top of ``parts.js``; it says ``drawn`` on the root element once it has drawn.
+        style: CSS on top of ``page.css``.
+        mark: an HTML comment near the beginning.
+        connect: a source of the content security policy, that the program may fetch from.
+
+    Raises:
+        ReportError: the charting library is not installed.
+    """
+    return string.Template(read_part("page.html")).substitute(
+        mark=mark,
+        title=html.escape(title),
         nonce=secrets.token_urlsafe(16),
-        connect="'none'" if refresh_s is None else "'self'",
-        refresh=json.dumps(refresh_s),
-        style=(files / "page.css").read_text(encoding="utf-8"),
-        program=(files / "page.js").read_text(encoding="utf-8"),
+        connect=connect,
+        style=read_part("page.css") + style,
+        program=f"{read_part('parts.js')}\n{program}",
         library=pack(charting_library()),
         data=pack(json.dumps(data, allow_nan=False)),
     )
+
+
+def read_part(name: str, package: str = "moedist.report") -> str:
+    """A file of a page that lies beside a package's modules."""
+    return (resources.files(package) / name).read_text(encoding="utf-8")
 
 
 def pack(text: str) -> str:

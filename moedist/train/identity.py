@@ -33,10 +33,12 @@ class Identity:
     Attributes:
         run_id: of the run.
         group_id: of the run that it began as; equal to ``run_id`` for a fresh start.
+        began_step: the step behind which it is this run; 0 for a fresh start.
     """
 
     run_id: str
     group_id: str
+    began_step: int
 
 
 def identify(meta: Mapping[str, Any] | None, own: bool, config: Mapping[str, Any]) -> Identity:
@@ -52,10 +54,11 @@ def identify(meta: Mapping[str, Any] | None, own: bool, config: Mapping[str, Any
     """
     new = secrets.token_hex(4)
     if meta is None:
-        return Identity(new, new)
+        return Identity(new, new, 0)
     group_id = meta.get("group_id", meta["run_id"])
-    same = own and _asked(meta["config"]) == _asked(config)
-    return Identity(meta["run_id"] if same else new, group_id)
+    if own and _asked(meta["config"]) == _asked(config):
+        return Identity(meta["run_id"], group_id, meta.get("began_step", meta["step"]))
+    return Identity(new, group_id, meta["step"])
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moedist.engine.contract import GradientOf
 from moedist.log.metrics import ATTENTION, moe_metrics, time_metrics, train_metrics
 from moedist.log.sink.contract import Value
 from moedist.mesh import Mesh
@@ -25,12 +26,6 @@ from moedist.train.clock import PARTS, StepClock
 from moedist.train.config import RunConfig
 from moedist.train.tally import StepSum, Tally
 from moedist.train.throughput import measured_peak_flops, peak_memory
-
-NORMS: Mapping[str, Callable[[nn.Parameter], Tensor | None]] = {
-    "weight_norm": lambda parameter: parameter,
-    "grad_norm": lambda parameter: parameter.grad,
-}
-"""What of an expert's parameters is measured."""
 
 
 class Measures:
@@ -131,11 +126,12 @@ class Measures:
             tally.see(step)
         self._tokens += num_tokens
 
-    def gradients_summed(self) -> None:
-        """Gradients are those of the global batch, and not yet clipped."""
+    def gradients_summed(self, gradient_of: GradientOf) -> None:
+        """Gradients are those of the global batch, and not yet clipped; called by all ranks."""
         if not self._recorded or not self.moe_layers:
             return
-        for name, of in NORMS.items():
+        measured: Mapping[str, GradientOf] = {"weight_norm": lambda parameter: parameter, "grad_norm": gradient_of}
+        for name, of in measured.items():
             if (square_LE := self._norms.squares(of)) is not None:
                 self._square_LE[name] = square_LE
 

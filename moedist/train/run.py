@@ -67,7 +67,7 @@ def run_rank(config: RunConfig, run_dir: Path, mesh: Mesh, terminal: TextIO | No
         store.prepare()
         found = find_checkpoint(config, store, restarted(mesh.dp, mesh.device))
         who = choose_identity(found, run_dir, mesh)
-        progress = Progress(who.run_id, who.group_id)
+        progress = Progress(who.run_id, who.group_id, who.began_step)
         meta = {
             "config": written_config(run_dir),
             "data_fingerprint": source.fingerprint,
@@ -183,6 +183,7 @@ def open_log(config: RunConfig, run_dir: Path, mesh: Mesh, progress: Progress, t
         name=config.run.name,
         run_id=progress.run_id,
         group_id=progress.group_id,
+        began_step=progress.began_step,
         resumed_step=progress.step,
         config=written_config(run_dir),
         environment=describe_environment(mesh),

@@ -52,7 +52,7 @@ class Progress:
     """How far a run is; the part of its state that is no tensor.
 
     Attributes:
-        run_id, group_id: stable names of the run, also in trackers (`moedist.train.identity.Identity`).
+        run_id, group_id, began_step: who the run is, also in trackers (`moedist.train.identity.Identity`).
         step: optimizer steps taken.
         tokens: valid tokens trained on.
         next_sample: the data's state, together with the seed.
@@ -60,6 +60,7 @@ class Progress:
 
     run_id: str
     group_id: str = ""
+    began_step: int = 0
     step: int = 0
     tokens: int = 0
     next_sample: int = 0
@@ -96,10 +97,10 @@ class Trainer:
         self.traces = traces
         self.model = spread.model
         self.recorder = RoutingRecorder(self.model)
-        self.measures = Measures(config, mesh, spread)
+        self.engine = build_engine(config, spread, mesh)
+        self.measures = Measures(config, mesh, spread)  # of the parameters that the engine has made of the model's
         self.tally = self.measures.tally
         self.phases = PhaseRecorder(mesh)
-        self.engine = build_engine(config, spread, mesh)
         self.grad_norm = math.nan
         started_at = os.environ.get("MOEDIST_STARTED_AT")
         self.waiting_since = None if started_at is None else float(started_at)

@@ -1,6 +1,7 @@
 """A rank of ``moedist doctor`` that stops: ``python -m tests.doctor.rank_that_stops WHERE RANK FOLDER DEVICE LIMIT_S``.
 
-WHERE is ``start``, ``dies``, the name of a phase (it never comes to it), or ``in`` and a phase (it comes, and hangs).
+WHERE is ``start``, ``dies``, the name of a phase (it never comes to it), ``in`` and a phase (it comes, and is stopped
+there), or ``asleep in`` and a phase (its threads go on).
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 
 from moedist.doctor import __main__ as program
 from moedist.doctor.ranks import Trial
@@ -29,12 +32,12 @@ def stop_at(phase: str) -> None:
     RollCall.begin = stopping
 
 
-def stop_in(phase: str) -> None:
+def stop_in(phase: str, how: Callable[[], object] = stop) -> None:
     whole = Trial._times
 
     def stopping(trial: Trial, *args: object) -> list[float]:
         if entered[-1] == phase:
-            stop()
+            how()
         return whole(trial, *args)
 
     entered: list[str] = []
@@ -56,6 +59,8 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
         elif where.startswith("in "):
             stop_in(where.removeprefix("in "))
+        elif where.startswith("asleep in "):
+            stop_in(where.removeprefix("asleep in "), threading.Event().wait)
         else:
             stop_at(where)
     sys.exit(program.main())

@@ -147,16 +147,19 @@ def test_gradients_of_other_parts(ranks, ep: int, accumulation: int):
 # Steps
 
 
-def losses(here: Here, config: RunConfig, ep: int, num_steps: int) -> list[tuple[float, float, dict[str, float]]]:
-    """Loss, norm and learning rates of the first steps."""
-    trainer = run_of(here, config, ep=ep)
+def losses(
+    here: Here, config: RunConfig, ep: int, num_steps: int
+) -> list[tuple[float, float, dict[str, float], list[float]]]:
+    """Loss, norm, learning rates and every expert's norms of weights and gradients of the first steps."""
+    trainer = run_of(here, changed(config, train={"log_every": 1}), ep=ep)
     loader = trainer.loader()
     rows = []
     with closing(trainer.engine):
         for _ in range(num_steps):
             trainer.step(loader)
-            total = trainer.tally.reduce(trainer.mesh.dp)
-            rows.append((total.loss, trainer.grad_norm, trainer.engine.learning_rates()))
+            total = trainer.tally.reduce(trainer.mesh.dp, trainer.measures._square_LE)
+            norms = torch.stack([total.extra[name].sqrt() for name in ("weight_norm", "grad_norm")])
+            rows.append((total.loss, trainer.grad_norm, trainer.engine.learning_rates(), norms.flatten().tolist()))
     return rows
 
 
@@ -165,9 +168,11 @@ def check_steps(ranks: Any, engine: DeepSpeedConfig, ep: int, num_steps: int = 4
     native = ranks(4).run(losses, config_of(NativeConfig(), **train), ep, num_steps)[0]
     others = ranks(4).run(losses, config_of(engine, **train), ep, num_steps, limit_s=240)
     assert all(other == others[0] for other in others), "ranks disagree"
-    for mine, (_, norm, rates) in zip(native, others[0], strict=True):
-        assert norm == pytest.approx(mine[1], rel=1e-4 if train.get("precision") != "bf16" else 2e-2)
+    digits = 1e-4 if train.get("precision") != "bf16" else 2e-2
+    for mine, (_, norm, rates, norms_of_experts) in zip(native, others[0], strict=True):
+        assert norm == pytest.approx(mine[1], rel=digits)
         assert rates == mine[2]
+        assert norms_of_experts == pytest.approx(mine[3], rel=10 * digits, abs=digits * mine[1])
     return max(abs(mine[0] - theirs[0]) for mine, theirs in zip(native, others[0], strict=True))
 
 
@@ -371,7 +376,7 @@ def test_rates_are_those_of_the_step_just_done(ranks):
     schedule = {"type": "WarmupLR", "params": {**SCHEDULES[0]["params"], "warmup_num_steps": 4}}
     (rows, _) = ranks(2).run(losses, config_of(DeepSpeedConfig(1, {"scheduler": schedule}), world=2), 2, 6)
     # DeepSpeed counts from -1: a first step at the minimum, then n / 4 of the peak.
-    assert [rates["router"] for *_, rates in rows] == pytest.approx([0, 0, 0.0025, 0.005, 0.0075, 0.01])
+    assert [rates["router"] for _, _, rates, _ in rows] == pytest.approx([0, 0, 0.0025, 0.005, 0.0075, 0.01])
 
 
 def test_auto_that_our_optimizer_does_not_have(ranks):

@@ -35,6 +35,7 @@ class RunInfo:
         run_id: stable id of the run, the same after a resume (kept in checkpoints): 8 letters and digits.
         group_id: id of the run that this one began as, before its configuration was changed or it branched off; its own
             ``run_id`` for most.
+        began_step: the step behind which it is this run; more than 0 where ``group_id`` is another's.
         resumed_step: the step that this process resumes from; 0 for a fresh start. Records up to the last step that a
             sink already holds and beyond ``resumed_step`` are replays.
         config: the run's configuration as plain mappings, values from the environment unresolved.
@@ -54,6 +55,7 @@ class RunInfo:
     environment: Mapping[str, Any]
     num_steps: int
     device: str
+    began_step: int = 0
     max_scalar_keys: int = 200
     terminal: TextIO = dataclasses.field(default_factory=lambda: sys.stdout)
 
@@ -88,7 +90,11 @@ class Sink:
         """Something that somebody should be told of at once (`moedist.log.alerts`)."""
 
     def close(self, status: str) -> None:
-        """Ends the record within ten seconds; ``status`` is ``done``, ``preempted`` or ``failed``."""
+        """Ends the record within ten seconds, or thirty where the run is done and nothing will send the rest.
+
+        Args:
+            status: ``done``, ``preempted`` or ``failed``.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

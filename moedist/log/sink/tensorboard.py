@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from moedist.log.series import Series
+from moedist.log.earlier import earlier_records
+from moedist.log.series import Row, Series
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, need_package, step_of
 
 FOLDER = "tensorboard"
@@ -31,8 +32,8 @@ class TensorboardConfig(SinkConfig):
 class TensorboardSink(Sink):
     """Series over ``train/step``; load and kept of each layer as histograms, one bar per expert.
 
-    Steps that an earlier process of the run has written are not written again. Columns that found no room as series
-    are in ``metrics.jsonl`` only: TensorBoard has no tables.
+    Steps that an earlier process of the run has written are not written again; those that it lost are written first.
+    Columns that found no room as series are in ``metrics.jsonl`` only: TensorBoard has no tables.
     """
 
     def __init__(self, run: RunInfo, say: Callable[[str], None]):
@@ -42,6 +43,8 @@ class TensorboardSink(Sink):
         self._held, self._say, self._told = held_steps(folder), say, False
         self._series = Series(run.max_scalar_keys)
         self._writer: Any = SummaryWriter(str(folder), flush_secs=10)
+        for record in earlier_records(run):
+            self._write(step_of(record), Series(run.max_scalar_keys).row(record))
 
     def write(self, record: Mapping[str, Value]) -> None:
         row, step = self._series.row(record), step_of(record)
@@ -51,6 +54,9 @@ class TensorboardSink(Sink):
                 f"TensorBoard has no tables: {len(row.tables)} quantities of layers are in metrics.jsonl only; raise "
                 "log.max_scalar_keys for more series."
             )
+        self._write(step, row)
+
+    def _write(self, step: int, row: Row) -> None:
         if step in self._held:
             return
         for key, value in row.scalars.items():

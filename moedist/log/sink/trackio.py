@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from moedist.log.earlier import earlier_records
 from moedist.log.run_files import read_metrics
-from moedist.log.series import Series, Tables
+from moedist.log.series import Row, Series, Tables
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, need_package, step_of
 
 
@@ -38,7 +39,8 @@ class TrackioConfig(SinkConfig):
 
 class TrackioSink(Sink):
     """Series over ``train/step``; load and kept of each layer as histograms, one bar per expert; columns without room
-    as tables at the end. Steps that an earlier process of the run has sent are not sent again.
+    as tables at the end. Steps that an earlier process of the run has sent are not sent again; those that it lost are
+    sent first.
     """
 
     def __init__(self, config: TrackioConfig, run: RunInfo, say: Callable[[str], None]):
@@ -63,11 +65,16 @@ class TrackioSink(Sink):
             logs = SQLiteStorage.get_logs(config.project, name)
         self._held = {log["train/step"] for log in logs if "train/step" in log}
         self._series, self._tables = Series(run.max_scalar_keys), Tables(read_metrics(run.directory))
+        for record in earlier_records(run):
+            self._send(step_of(record), Series(run.max_scalar_keys).row(record))
         say(f"Trackio: trackio show --project {config.project}" + (f" (in {config.dir})" if config.dir else ""))
 
     def write(self, record: Mapping[str, Value]) -> None:
         row, step = self._series.row(record), step_of(record)
         self._tables.add(step, row)
+        self._send(step, row)
+
+    def _send(self, step: int, row: Row) -> None:
         if step not in self._held:
             bars = {key: self._bars(count_E) for key, count_E in row.histograms.items()}
             self._run.log({**row.scalars, **bars}, step=step)

@@ -26,13 +26,18 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from moedist.log.earlier import earlier_records
 from moedist.log.run_files import read_metrics
-from moedist.log.series import Series, Tables
+from moedist.log.series import Row, Series, Tables
 from moedist.log.sink.contract import RunInfo, Sink, SinkConfig, Value, step_of
 
 PROBE_S = 3.0
 INIT_S = 15
 CLOSE_S = 10.0
+DONE_S = 30.0
+"""The same for a run that is done: nothing will send the rest."""
+SETTLE_S = 60.0
+"""How long a new process waits for what a killed one left writing."""
 MAX_BINS = 512  # of a W&B histogram
 FLUSH_ROWS = 1000  # log steps between two uploads of tables
 QUEUE_SIZE = 1000
@@ -77,7 +82,8 @@ class WandbSink(Sink):
 
     ``train/step`` is the axis of everything; W&B's own step is never set, so that rows after a resume from an older
     step are kept. Steps that an earlier process of the same run already sent are not sent again: the files below
-    ``<run>/wandb`` and, online, the server tell which.
+    ``<run>/wandb`` and, online, the server tell which. Those that it did not get to send, because it was killed or had
+    no time to finish, are sent first, from ``metrics.jsonl``.
     """
 
     def __init__(self, config: WandbConfig, run: RunInfo, say: Callable[[str], None]):
@@ -109,12 +115,16 @@ class WandbSink(Sink):
 
     def close(self, status: str) -> None:
         self._exit_code = {"done": 0, "preempted": 75}.get(status, 1)
-        deadline = time.monotonic() + CLOSE_S
+        limit_s = DONE_S if status == "done" else CLOSE_S
+        deadline = time.monotonic() + limit_s
         with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=CLOSE_S)
+            self._queue.put(None, timeout=limit_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"did not finish within {CLOSE_S:.0f} s: {self._upload_later()}")
+            self._warn(
+                f"did not finish within {limit_s:.0f} s: up to {self._queue.qsize()} rows are in metrics.jsonl only, "
+                f"and are sent when the run is resumed; {self._upload_later()}"
+            )
 
     def _work(self) -> None:
         earlier = list(self._folder.glob(f"*run-*-{self._run.run_id}"))
@@ -124,11 +134,18 @@ class WandbSink(Sink):
                 self._drain()
                 return
             # What was on its way to the server counts where the server says that it came.
-            self._held = stored_steps(run for run in earlier if tracker.offline or run.name.startswith("offline-"))
+            local = [run for run in earlier if tracker.offline or run.name.startswith("offline-")]
+            if not settled(local):
+                self._warn("may have some rows twice: an earlier process of the run still writes its file")
+            self._held = stored_steps(local)
             self._last_online = _last_step_online(tracker)
             self._tables = Tables(read_metrics(self._run.directory))
+            with self._may_miss("rows of an earlier process"):
+                self._catch_up(tracker)
         except Exception as error:
             self._warn(f"is off: {_first_line(error)}")
+            with contextlib.suppress(Exception):  # it may never have begun
+                _end_service()
             self._drain()
             return
         while (send := self._queue.get()) is not None:
@@ -191,14 +208,22 @@ class WandbSink(Sink):
             settings=settings,
         )
 
+    def _catch_up(self, tracker: Any) -> None:
+        for record in earlier_records(self._run):
+            # Cut on its own: without arrays it must not choose the series of the records to come.
+            self._send_series(tracker, step_of(record), Series(self._run.max_scalar_keys).row(record))
+
     def _send_row(self, tracker: Any, record: Mapping[str, Value]) -> None:
         row = self._series.row(record)
         self._tables.add(step_of(record), row)
-        if step_of(record) not in self._held and step_of(record) > self._last_online:
-            bars = {key: expert_histogram(count_E) for key, count_E in row.histograms.items()}
-            tracker.log({**row.scalars, **bars})
+        self._send_series(tracker, step_of(record), row)
         if self._tables.waiting >= FLUSH_ROWS:
             self._send_tables(tracker)
+
+    def _send_series(self, tracker: Any, step: int, row: Row) -> None:
+        if step not in self._held and step > self._last_online:
+            bars = {key: expert_histogram(count_E) for key, count_E in row.histograms.items()}
+            tracker.log({**row.scalars, **bars})
 
     def _send_tables(self, tracker: Any) -> None:
         with self._may_miss("tables"):
@@ -257,16 +282,46 @@ def stored_steps(runs: Iterable[Path]) -> set[int]:
     """The steps in the ``.wandb`` files of run folders, read by wandb's own reader, also where a kill cut a file off.
 
     What a process handed to wandb says less: wandb loses what it has not flushed when that process is killed.
+
+    Raises:
+        RuntimeError: the reader was killed, and so what it said is not all.
     """
     steps = set()
     for path in (path for run in runs for path in run.glob("*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-        for line in lines.splitlines():
+        # A session of its own: who stops this rank signals its whole group.
+        reader = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+        if reader.returncode < 0:
+            raise RuntimeError(f"{path} could not be read; what is not there is sent when the run is resumed")
+        for line in reader.stdout.splitlines():
             row = json.loads(line).get("history", {}).get("item", {})
             if "train/step" in row:
                 steps.add(row["train/step"])
     return steps
+
+
+def settled(runs: Sequence[Path]) -> bool:
+    """Waits until no process of this machine has a ``.wandb`` file of these run folders open: wandb's own process goes
+    on writing for some seconds after the one that it served was killed. False where `SETTLE_S` do not suffice.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    files = {path for run in runs for path in run.resolve().glob("*.wandb")}
+    while files & _open_files():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(SETTLE_S / 100)
+    return True
+
+
+def _open_files() -> set[Path]:
+    """What this user's processes have open; nothing on a system without /proc."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has been closed meanwhile, or is another user's
+            found.add(Path(os.readlink(link)))
+    return found
 
 
 def decide_mode(wish: str) -> tuple[Literal["online", "offline", "disabled"], str]:

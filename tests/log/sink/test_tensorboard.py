@@ -6,6 +6,7 @@ import io
 import pytest
 
 from moedist.config import ConfigError
+from moedist.log.sink.jsonl import JsonlConfig
 from moedist.log.sink.tensorboard import TensorboardConfig
 from tests.log.sink.records import record
 from tests.rows import flat
@@ -44,6 +45,19 @@ def test_a_resumed_run_writes_no_step_twice(run_info):
     log_steps(run_info, 10, 20, 30)
     log_steps(dataclasses.replace(run_info, resumed_step=10), 20, 30, 40)
     assert [event.step for event in read(run_info).Scalars("train/loss")] == [10, 20, 30, 40]
+
+
+@pytest.mark.pitfall("34")
+def test_what_a_killed_process_did_not_write_is_written_by_the_next_one(run_info):
+    lines = JsonlConfig().open(run_info, print)
+    for step in (10, 20):
+        lines.write(record(step))
+    lines.close("failed")
+    log_steps(run_info, 10)
+    log_steps(dataclasses.replace(run_info, resumed_step=20), 30)
+    events = read(run_info)
+    for series in (events.Scalars("train/loss"), events.Histograms("moe/layer_01/load")):
+        assert [event.step for event in series] == [10, 20, 30]
 
 
 def test_what_it_has_no_room_for_is_told_of_once(run_info):

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from moedist.config import ConfigError
+from moedist.log.sink.jsonl import JsonlConfig
 from moedist.log.sink.trackio import TrackioConfig
 from tests.log.sink.records import record
 from tests.rows import flat
@@ -48,6 +49,19 @@ def test_the_database_holds_every_number_and_no_step_twice(run_info, capsys):
             assert rows[-1][key]["values"] == value and rows[-1][key]["bins"] == [0, 1, 2, 3, 4]
         elif key != "moe/layers/block":
             assert rows[-1][key] == pytest.approx(value), key
+
+
+@pytest.mark.pitfall("34")
+def test_what_a_killed_process_did_not_send_is_sent_by_the_next_one(run_info):
+    lines = JsonlConfig().open(run_info, print)
+    for step in (10, 20):
+        lines.write(record(step))
+    lines.close("failed")
+    log_steps(run_info, 10)
+    log_steps(dataclasses.replace(run_info, resumed_step=20), 30)
+    rows = read(run_info)
+    assert [row["train/step"] for row in rows] == [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[1].keys() == rows[2].keys()
 
 
 def test_columns_without_room_are_tables(run_info):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -53,12 +54,12 @@ def log_steps(run_info, *records, config: WandbConfig | None = None, status: str
     return said
 
 
-def stored(run_info) -> list[dict]:
-    """All records of all offline files of a run, read by wandb's own reader."""
+def stored(run_info, whole: bool = True) -> list[dict]:
+    """All records of all offline files of a run, ``whole`` or cut off, read by wandb's own reader."""
     found = []
     for path in sorted(run_info.directory.glob("wandb/*run-*/*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        lines = subprocess.run(command, check=whole, stdout=subprocess.PIPE, text=True).stdout
         found += [json.loads(line) for line in lines.splitlines()]
     return found
 
@@ -140,6 +141,62 @@ def test_steps_are_read_from_files_that_a_kill_cut_off(run_info):
     log_steps(later, *map(record, (20, 30)))
     path.write_bytes(b"")
     assert stored_steps(run_info.directory.glob("wandb/offline-run-*")) == {30}
+
+
+@pytest.mark.pitfall("34")
+@pytest.mark.parametrize("began_step", [0, 15])
+def test_what_a_killed_process_did_not_send_is_sent_by_the_next_one(run_info, began_step: int):
+    """It wrote three records down; the first never reached W&B, and the last was cut off in its file."""
+    lines = JsonlConfig().open(run_info, print)
+    for each in (record(10), record(20), record(30, float("nan"))):
+        lines.write(each)
+    lines.close("failed")
+    log_steps(run_info, record(20), record(30, float("nan")), status="failed")
+    (path,) = run_info.directory.glob("wandb/*run-*/*.wandb")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"moe/layer_01")])
+    log_steps(dataclasses.replace(run_info, resumed_step=30, began_step=began_step), record(40))
+    rows = history(stored(run_info, whole=False))
+    by_step = {row["train/step"]: row for row in rows}
+    wanted = (10, 20, 30, 40) if began_step == 0 else (20, 30, 40)
+    assert sorted(by_step) == sorted(row["train/step"] for row in rows) == list(wanted), "and none of another run"
+    assert by_step[30]["train/loss"] == "NaN" and by_step[30].keys() == by_step[40].keys(), "histograms too"
+    for key, value in by_step[30].items():
+        if key.startswith("moe/"):
+            digits = {} if isinstance(value, (str, list)) else {"rel": 1e-5}  # columns have fewer in the file
+            assert value == pytest.approx(by_step[40][key], **digits), key
+
+
+def test_a_file_that_could_not_be_read_is_not_taken_for_an_empty_one(run_info, monkeypatch):
+    """Nothing is sent twice because whoever stopped the run killed the reader."""
+    for sink in (JsonlConfig(), WandbConfig()):
+        (opened := sink.open(run_info, print)).write(record(10))
+        opened.close("failed")
+    later = dataclasses.replace(run_info, resumed_step=10)
+    with monkeypatch.context() as killed:
+        ended = subprocess.CompletedProcess([], -15, stdout="")
+        reader = types.SimpleNamespace(run=lambda *args, **kwargs: ended, PIPE=None, DEVNULL=None)
+        killed.setattr(sink_module, "subprocess", reader)
+        said = log_steps(later, record(20), status="failed")
+    assert any("W&B is off" in line and "could not be read" in line for line in said), said
+    log_steps(later, record(20))
+    assert [row["train/step"] for row in history(stored(run_info))] == [10, 20]
+
+
+def test_files_are_read_when_wandbs_own_process_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(sink_module, "SETTLE_S", 1.0)
+    (path := tmp_path / "run-abcd1234.wandb").touch()
+    assert sink_module.settled([tmp_path])
+    with path.open("ab"):
+        assert not sink_module.settled([tmp_path])
+    monkeypatch.setattr(sink_module, "SETTLE_S", 60.0)
+    code = (
+        f"import sys; file = open({str(path)!r}, 'ab'); print('open', flush=True); sys.stdin.read(); file.write(b'x')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline()
+        threading.Timer(0.5, writer.stdin.close).start()
+        assert sink_module.settled([tmp_path]) and path.read_bytes() == b"x"
 
 
 def test_no_secret_and_no_argument_is_in_any_file_of_the_run(run_info, monkeypatch):
@@ -361,11 +418,12 @@ def test_a_stuck_tracker_costs_rows_and_never_the_run(run_info, monkeypatch):
     stuck = threading.Event()
     monkeypatch.setattr(sink_module, "decide_mode", lambda wish: (stuck.wait(), ("disabled", ""))[1])
     monkeypatch.setattr(sink_module, "QUEUE_SIZE", 2)
-    monkeypatch.setattr(sink_module, "CLOSE_S", 0.1)
+    monkeypatch.setattr(sink_module, "DONE_S", 0.1)
     said = log_steps(run_info, *map(record, range(1, 6)))
     stuck.set()
     assert len(said) == 2
-    assert "too slow" in said[0] and "did not finish" in said[1] and "wandb sync" in said[1]
+    assert "too slow" in said[0]
+    assert "did not finish" in said[1] and "2 rows are in metrics.jsonl only" in said[1] and "wandb sync" in said[1]
 
 
 @pytest.mark.pitfall("33")
