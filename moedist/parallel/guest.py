@@ -20,13 +20,16 @@ from moedist.mesh.collectives import all_sum
 from moedist.moe.layer import MoE
 from moedist.parallel.spread import spread
 
+WRAPPERS_AVERAGE = "the wrapper of somebody's own loop averages every parameter over all ranks"
+
 
 def spread_as_guest(model: nn.Module, mesh: Mesh) -> dict[str, nn.Parameter]:
     """Shards the experts of every MoE layer over ``mesh.ep``, in place, for a loop that averages gradients.
 
     Call it before anything that takes hold of parameters: DDP, ``fully_shard``, the optimizer. From then on a backward
     pass leaves in every expert the mean over all ranks of their losses' gradients, as DDP and FSDP2 do in the other
-    weights, accumulation included. DDP leaves the experts alone when it wraps this very ``model``.
+    weights, accumulation included. DDP leaves the experts alone when it wraps this very ``model``. Attention experts
+    stay whole on every rank, and are weights like all others to the wrapper.
 
     Returns:
         This rank's experts' parameters by name (DTensors, or of experts that are modules plain tensors): for an

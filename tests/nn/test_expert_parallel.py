@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moedist.model.attention.experts.standard import StandardConfig
+from moedist.model.attention.mixture import MixtureConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
@@ -197,6 +199,19 @@ def as_guest(here: Here, ep: int, wrapper: str) -> tuple[dict[str, Tensor], floa
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def attention_as_guest(here: Here) -> tuple[bool, int]:
+    """Whether a mixture's experts are left whole to the wrapper, and how many ranks the layer beside it spans."""
+    mixture = MixtureConfig(num_heads=2, experts=(StandardConfig(),) * 4).build_mixture(8)
+    model = nn.ModuleList([mixture, layer_of("all_to_all", "dropless", 2)])
+    experts = spread_as_guest(model, here.mesh_of(4))
+    assert not any(name.startswith("0.") for name in experts)
+    return mixture.bank.sharded, model[1].num_local_experts
+
+
+def test_attention_experts_stay_whole_in_somebodys_loop(ranks):
+    assert ranks(WORLD).run(attention_as_guest) == [(False, 2)] * WORLD
 
 
 def guest_batch(rank: int, step: int) -> Tensor:

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moedist.model.attention.experts.linear import LinearConfig
+from moedist.model.attention.experts.standard import StandardConfig
+from moedist.model.attention.mixture import MixtureConfig
 from moedist.nn import MoELayer, MoELayerConfig, MoELoss, MoEOptimizerConfig, parameter_groups, training_step
 
 
@@ -59,6 +62,19 @@ def test_R2_50_groups():
     for wrong in ({"router_lr": -1}, {"max_norm": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MoEOptimizerConfig(**wrong)
+
+
+def test_groups_of_a_mixture_of_attention_experts():
+    """Its router, its experts, and the projection behind them."""
+    mixture = MixtureConfig(num_heads=2, experts=(StandardConfig(), LinearConfig())).build_mixture(8)
+    names = {parameter: name for name, parameter in mixture.named_parameters()}
+    placed = {
+        names[parameter]: group["name"]
+        for group in parameter_groups(mixture, MoEOptimizerConfig())
+        for parameter in group["params"]
+    }
+    prefixes = {"router.": "router", "bank.": "experts", "output_": "output"}
+    assert placed == {name: role for name in names.values() for p, role in prefixes.items() if name.startswith(p)}
 
 
 @pytest.mark.requirement("R2-49")
