@@ -117,6 +117,14 @@ def save_in_the_middle(here: Here, config: Any, folder: Path) -> dict[str, Tenso
     return {name: value for name, value in whole_state(trainer).items() if "attention" in name}
 
 
+def load_and_go_on(here: Here, config: Any, folder: Path) -> dict[str, Tensor]:
+    """From the checkpoint of step 2, two steps."""
+    trainer = make_trainer(config, config.data.open(), here.mesh_of(2), folder)
+    trainer.load(folder / "step_00000002")
+    run_steps(trainer, 2)
+    return {name: value for name, value in whole_state(trainer).items() if "attention" in name}
+
+
 def test_unlike_experts_are_resumed_by_global_id_at_another_layout(ranks: Any, tmp_path: Path):
     config = mixed(global_batch_tokens=2 * ROWS * LENGTH)
     parts = ranks(2).run(save_in_the_middle, config, tmp_path)
@@ -127,7 +135,9 @@ def test_unlike_experts_are_resumed_by_global_id_at_another_layout(ranks: Any, t
     run_steps(trainer, 2)
     whole = whole_state(trainer)
     assert {name for name in whole if "attention" in name} == parts[0].keys() | parts[1].keys()
-    for part in parts:
+    again = ranks(2).run(load_and_go_on, config, tmp_path)
+    assert [part.keys() for part in again] == [part.keys() for part in parts]
+    for part in (*parts, *again):
         for name, value in part.items():
             torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-11, msg=name)
 

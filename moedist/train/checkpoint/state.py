@@ -53,7 +53,9 @@ def _description(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
-def check_state(live: Mapping[str, Tensor], parts: Collection[str], index: Metadata, path: Path) -> None:
+def check_state(
+    live: Mapping[str, Tensor], parts: Collection[str], index: Metadata, path: Path, elsewhere: Collection[str] = ()
+) -> None:
     """Compares a live state with a checkpoint before anything is filled.
 
     Args:
@@ -63,6 +65,7 @@ def check_state(live: Mapping[str, Tensor], parts: Collection[str], index: Metad
             optimizer.
         index: of the checkpoint.
         path: of the checkpoint, for the message.
+        elsewhere: names that other ranks have, this one or not.
 
     Raises:
         CheckpointError: the checkpoint is of another model; names the first tensors that differ, and how.
@@ -71,7 +74,7 @@ def check_state(live: Mapping[str, Tensor], parts: Collection[str], index: Metad
     here = {key: describe(tensor) for key, tensor in live.items()}
     both = saved.keys() & here.keys()
     problems = [
-        _first("Only in the checkpoint", [f"{key} {saved[key]}" for key in saved.keys() - both]),
+        _first("Only in the checkpoint", [f"{key} {saved[key]}" for key in saved.keys() - both - set(elsewhere)]),
         _first("Only in this run", [f"{key} {here[key]}" for key in here.keys() - both]),
         _first("Different", [f"{key} {saved[key]}, here {here[key]}" for key in both if saved[key] != here[key]]),
     ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from moedist.mesh import Axis
-from moedist.mesh.collectives import all_max, broadcast_json
+from moedist.mesh.collectives import all_max, broadcast_json, gather_json
 from moedist.train.checkpoint.background import BackgroundSave, Staging
 from moedist.train.checkpoint.errors import CheckpointError, DiskError, disk_errors
 from moedist.train.checkpoint.manifest import (
@@ -108,7 +109,8 @@ class CheckpointStore:
 
         Args:
             step: optimizer steps taken.
-            state: nested mapping of tensors and DTensors by global names, the same names on every rank.
+            state: nested mapping of tensors and DTensors by global names. A name that some ranks lack is of a tensor
+                that the others hold whole.
             meta: JSON for the manifest; rank 0's counts.
             own: tensors of this rank alone (random number generators).
             written: called once this rank's part is written; what follows waits for the other ranks.
@@ -236,10 +238,11 @@ class CheckpointStore:
         path = path.absolute()
         manifest = self._vouched.pop(path, None) or self.verify(path)
         tensors = flatten(state)
+        everywhere = self._names_of_all(tensors)
 
         def check() -> Metadata:
             index = read_index(path, manifest)
-            check_state(tensors, tuple(state), index, path)
+            check_state(tensors, tuple(state), index, path, everywhere)
             return index
 
         index = self._together("use", check, path)
@@ -248,6 +251,14 @@ class CheckpointStore:
             tensors |= {key: tensor for key, tensor in mine if describe(tensor) == describe_saved(index, key)}
         self._together("read", lambda: read_shards(tensors, path, index), path)
         return manifest.meta
+
+    def _names_of_all(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names on any rank: some hold experts under names that others lack. Travels only where they differ."""
+        digest = hashlib.sha256("\n".join(sorted(tensors)).encode()).digest()
+        mine = torch.tensor(int.from_bytes(digest[:7], "big"))
+        if int(all_max(mine.clone(), self.axis)) == -int(all_max(-mine, self.axis)):
+            return set(tensors)
+        return {name for names in gather_json(sorted(tensors), self.axis, torch.device("cpu")) for name in names}
 
     def _own(self, own: Mapping[str, Tensor] | None) -> dict[str, Any]:
         return {f"rank_{self.axis.rank:05d}": own or {}}
