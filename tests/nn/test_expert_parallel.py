@@ -263,7 +263,7 @@ def train_mostly_frozen(here: Here) -> tuple[dict[str, Tensor], float]:
     return {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}, table.norm(layer).item()
 
 
-def test_R1_18_a_rank_may_have_nothing_to_train(ranks):
+def test_a_rank_may_have_nothing_to_train(ranks):
     """Its part in the exchange of gradients, and in the norm, is asked for all the same."""
     layer = mostly_frozen()
     sum(weighted(layer(guest_batch(rank, 0))) for rank in range(WORLD)).backward()
