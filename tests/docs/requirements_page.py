@@ -39,7 +39,7 @@ SECTIONS = {
     "D": "Defects of the sources that are not shared",
     "G": "Tables of numbers",
 }
-RESULTS = "In the run that wrote this page: "
+RESULTS = "Last results: "
 INTRODUCTION = """\
 # What is promised, and the tests that hold it
 
