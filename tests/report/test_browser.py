@@ -48,6 +48,16 @@ def test_one_run(tmp_path: Path, browser: Browser, dark: bool):
     assert browser.errors == [] and browser.requests == [page]
 
 
+def test_many_layers_of_many_experts(tmp_path: Path, browser: Browser):
+    run = make_run(tmp_path / "run", num_steps=60, num_layers=48, num_experts=128)
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").stat().st_size < 8e6
+    browser.open((run / "report.html").as_uri())
+    shape = browser.ask("(({ z }) => [z.length, z[0].length])([...document.querySelectorAll('.js-plotly-plot')]"
+                        ".find((plot) => plot.data[0]?.type === 'heatmap').data[0])")  # fmt: skip
+    assert shape == [48, 128] and browser.errors == []
+
+
 def test_names_and_values_are_text(tmp_path: Path, browser: Browser):
     run = make_run(tmp_path / "run", name=SCRIPT, seed_of=SCRIPT, ended="bug", message=SCRIPT)
     other = make_run(tmp_path / "other", name=f"{SCRIPT}2", seed_of="${x} %{y}")
