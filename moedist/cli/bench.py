@@ -1,4 +1,4 @@
-"""``moedist bench``: measures a layer, its exchange, a step, and what parts of a run cost on this machine."""
+"""``moedist bench``: measures a layer, its exchange, a step, a run, and what parts of it cost on this machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ examples:
   moedist bench scaling --config cpu_many
   moedist bench exchange --config cpu_many --nproc 4
 
+  # a whole training step of a configuration in one process, phase by phase, with a trace for Perfetto
+  moedist bench step --profile step.json train.micro_batch=8
+
+  # the default recipe against the same model dense, in turns: tokens/s, and loss at equal tokens, FLOPs and seconds
+  moedist bench dense --steps 400
+
   # what a record of every step costs, all metrics and sinks of the default recipe; of a larger step, as JSON
   moedist bench logging
   moedist bench logging --pairs 50 --json train.micro_batch=16 model.dim=128
@@ -39,6 +45,15 @@ each; growth is that of the last over that of the first. The optimizer's step is
 EXCHANGE = """\
 Moves rows to their experts and back, forward and backward, without experts in between, with each dispatcher, in turns
 with four bare all-to-alls of as many bytes.
+"""
+STEP = """\
+Trains in one process and prints the median step, its phases, tokens per second and the share of the measured peak; a
+profile holds three further steps. Ranks of a real run are recorded by log.phases.
+"""
+DENSE = """\
+Trains a configuration and the same model with dense layers as wide as the experts that a token meets, from step 0, a
+step of one and a step of the other on the same data, in one process with the whole batch of the recipe's ranks. Prints
+the median of the steps' ratios, and both held-out losses at equal tokens, equal active FLOPs and equal seconds.
 """
 LOGGING = """\
 Trains in one process, with and without a record of the step in turns, and prints the median of the pairs' ratios: the
@@ -85,8 +100,17 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
     for bench in (layer, exchange):
         names = f"{', '.join(ROUTINGS)} or all (default: balanced)"
         bench.add_argument("--routing", default="balanced", metavar="NAME,...", help=names)
+    step = add("step", "a whole training step, phase by phase", STEP)
+    step.add_argument("--steps", type=int, default=20, help="that count (default: 20)")
+    step.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of three further steps")
+    step.set_defaults(measure=measure_step)
+    dense = add("dense", "a run against the same model dense", DENSE)
+    dense.add_argument("--steps", type=int, default=400, help="of each (default: 400)")
+    dense.add_argument("--evaluations", type=int, default=8, metavar="N", help="of each (default: 8)")
+    dense.set_defaults(measure=measure_dense)
     logging = add("logging", "the cost of all metrics of a step", LOGGING)
-    logging.add_argument("overrides", nargs="*", metavar="key=value", help="parts and values, as of `moedist train`")
+    for bench in (step, dense, logging):
+        bench.add_argument("overrides", nargs="*", metavar="key=value", help="parts and values, as of `moedist train`")
     logging.add_argument("--pairs", type=int, default=30, help="pairs of steps (default: 30)")
     logging.set_defaults(measure=measure_logging)
     return parser
@@ -218,6 +242,72 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
         lines.append(f"  {'  '.join(cells)}".rstrip())
     return lines
+
+
+def measure_step(args: argparse.Namespace) -> int:
+    """``moedist bench step``."""
+    import torch
+
+    from moedist.bench.program import describe_machine
+    from moedist.bench.step import measure_step
+    from moedist.config import require
+    from moedist.launch.compose import compose
+    from moedist.mesh import Mesh
+    from moedist.mesh.mesh import choose_device
+
+    require(args.steps >= 4, "--steps", args.steps, "are too few for a spread", "Take 4 or more.")
+    config = compose(["launch.nproc=1", "mesh.ep=1", *args.overrides]).config
+    device: torch.device = choose_device(config.mesh.device, 0, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_step(config, Path(folder), args.steps, device, args.profile)
+    if args.json:
+        print(json.dumps(describe_machine(Mesh.alone(device)) | found))
+        return 0
+    step_ms = f"{found['step_ms']:.1f} ms{mark(found['quotable'])}"
+    print(f"step    {step_ms}, spread {found['spread']:.0%}; {found['routing']} routing")
+    print(f"speed   {found['tokens_per_s']:,.0f} tokens/s, {found['gflop_per_s']:.1f} GFLOP/s, MFU {found['mfu']:.0%}")
+    for phase, milliseconds in found["phases_ms"].items():
+        print(f"  {phase:<12} {milliseconds:8.1f} ms")
+    print(f"memory  {found['peak_gib']:.2f} GiB at its peak")
+    if args.profile is not None:
+        print(f"trace   {args.profile}, for Perfetto or chrome://tracing")
+    return 0
+
+
+def measure_dense(args: argparse.Namespace) -> int:
+    """``moedist bench dense``."""
+    import dataclasses
+
+    from moedist.bench.program import describe_machine
+    from moedist.bench.step import WARM_UP, compare_with_dense
+    from moedist.config import require
+    from moedist.launch.compose import compose
+    from moedist.launch.start import plan_ranks
+    from moedist.mesh import Mesh
+    from moedist.mesh.mesh import choose_device
+
+    least = WARM_UP + 4
+    require(args.steps >= least, "--steps", args.steps, "are too few for a spread", f"Take {least} or more.")
+    require(args.evaluations >= 1, "--evaluations", args.evaluations, "measures nothing", "Set it to 1 or more.")
+    config = compose(args.overrides).config
+    ranks = plan_ranks(config.launch, config.mesh.device).world_size
+    train = dataclasses.replace(config.train, micro_batch=config.train.micro_batch * ranks, steps=args.steps)
+    config = dataclasses.replace(config, train=train, mesh=dataclasses.replace(config.mesh, ep=1, fsdp=None))
+    device = choose_device(config.mesh.device, 0, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare_with_dense(config, Path(folder), args.steps, args.evaluations, device)
+    if args.json:
+        print(json.dumps(describe_machine(Mesh.alone(device)) | found))
+        return 0
+    speed, total, active = (found[key] for key in ("tokens_per_s", "total_parameters", "active_parameters"))
+    rows = [("", "parameters", "active", "tokens/s")]
+    rows += [(side, f"{total[side]:,}", f"{active[side]:,}", f"{speed[side]:,.0f}") for side in ("moe", "dense")]
+    print("\n".join(table(rows)))
+    over, routing = found["tokens_per_s_over_dense"], found["routing"]
+    print(f"tokens/s over dense  {over:.2f}{mark(found['quotable'])}, spread {found['spread']:.0%}, {routing} routing")
+    for what, losses in found["loss"].items():
+        print(f"held-out loss at {losses['at']:.4g} {what:<8} moe {losses['moe']:.4f}  dense {losses['dense']:.4f}")
+    return 0
 
 
 def measure_logging(args: argparse.Namespace) -> int:

@@ -212,12 +212,12 @@ sys.exit(main(["bench", "layer", "--config", "cpu", "--rounds", "4", "--json", "
 
 
 @pytest.mark.slow
-def test_deepspeed_on_two_ranks(capsys):
+def test_deepspeed_on_two_ranks(capfd):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     arguments = ["bench", "layer", "--config", "cpu", "--peer", "deepspeed", "--nproc", "2", "--rounds", "4", "--json"]
     assert main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capfd.readouterr().out)
     assert found["ratio_to_deepspeed"] > 0 and found["ranks"] == 2
     assert [entry["name"] for entry in found["cases"][0]["contenders"]] == ["moedist", "deepspeed"]
 
