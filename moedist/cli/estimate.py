@@ -32,7 +32,7 @@ examples:
   # the shape of a Hugging Face model; a table of clusters of your own; routing as a run has recorded it
   moedist estimate --hf model/config.json mesh.ep=8 mesh.fsdp=64 --ranks 64
   moedist estimate experiment=olmoe_1b_7b --clusters mine.yaml --cluster ours
-  moedist estimate run.dir=runs/first --trace runs/first
+  moedist estimate experiment=tiny_cpu --trace runs/first
 
   # the closed form of memory against one step on tensors without storage, counted by torch
   moedist estimate model.dim=1024 moe.num_experts=16 train.micro_batch=16 --fake-run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -12,11 +13,21 @@ from typing import Any
 import pytest
 import yaml
 
+from moedist.cli.doctor import CHECKS
 from moedist.cli.main import parse
 from moedist.launch.compose import compose
+from moedist.train.config import RunConfig
 from moedist.train.status import EXIT_CODES
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+
+COMMAND = r'moedist"? ((?:train|eval|report|runs|analyze|doctor|estimate|bench|checkpoint)(?: .*)?)$'
+"""Of moedist, as scripts call it or tell users to."""
+SLURM = {
+    "scontrol": '[[ $2 == hostnames ]] && echo node0 || echo "NodeName=node0 NodeAddr=10.0.0.1 NodeHostName=node0"',
+    "srun": 'while [[ $1 == --* ]]; do shift; done\nSLURM_PROCID=0 exec "$@"',
+}
+"""Stands for SLURM, with a task that runs here."""
 
 Shape = dict[str, Any]
 """Allowed keys, each with the shape of what is below it: a type, a Shape, a list of one shape, or None for anything."""
@@ -114,13 +125,25 @@ def run_script(script: str, words: list[str], variables: dict[str, str], folder:
     return ended.stdout.splitlines()
 
 
-def check_command(said: list[str], nnodes: int, rendezvous: str, holds: bool) -> None:
-    """``said`` is a command of ours that names the cluster which the scheduler told of."""
+def accepted(said: list[str]) -> RunConfig:
+    """The configuration of a command that moedist accepts: flags, keys, values, and the parts against each other."""
     args = parse(said)
-    assert args.command == "train"
-    given = dict(text.split("=", 1) for text in args.overrides)
-    assert (given["launch.nnodes"], given["launch.rendezvous"].strip("'")) == (str(nnodes), rendezvous)
-    assert given["launch.holds_rendezvous"] == str(holds).lower()
+    assert args.command in ("train", "doctor"), said
+    config = compose([text for text in args.overrides if args.command == "train" or text not in CHECKS]).config
+    config.launch.check_start()
+    config.mesh.check_world(config.launch.nnodes * (config.launch.nproc or 8))
+    return config
+
+
+def check_command(said: list[str], nnodes: int, rendezvous: str, holds: bool) -> RunConfig:
+    """``said`` is a training of ours that names the cluster which the scheduler told of."""
+    assert said[0] == "train"
+    config = accepted(said)
+    launch = config.launch
+    assert (launch.nnodes, launch.rendezvous, launch.holds_rendezvous) == (nnodes, rendezvous, holds)
+    assert config.run.dir is not None, "nodes share a folder"
+    assert getattr(config.data, "files", True), "the corpus is named"
+    return config
 
 
 def test_trainjob(tmp_path: Path):
@@ -141,9 +164,9 @@ def test_trainjob(tmp_path: Path):
     told = {"PET_NNODES": "2", "PET_MASTER_ADDR": "job-node-0-0.job"}
     for rank in (0, 1):
         said = run_script(script, words, {**told, "PET_NODE_RANK": str(rank)}, tmp_path)
-        check_command(said, 2, "job-node-0-0.job:29400", rank == 0)
-    grace = compose([text for text in said[1:] if text.startswith("launch.")]).config.launch.stop_after_s
-    assert pod["terminationGracePeriodSeconds"] > grace
+        config = check_command(said, 2, "job-node-0-0.job:29400", rank == 0)
+        assert config.run.resume == "auto"
+        assert pod["terminationGracePeriodSeconds"] > config.launch.stop_after_s
     environment = {"PATH": os.environ["PATH"], "PET_NNODES": "2"}
     refused = subprocess.run(["bash", "-c", script, *words], env=environment, capture_output=True, text=True)
     assert refused.returncode != 0 and "PET_MASTER_ADDR: is set by the runtime" in refused.stderr
@@ -162,8 +185,8 @@ def test_skypilot(tmp_path: Path):
     }
     for rank in (0, 1):
         said = run_script(task["run"], [], {**told, "SKYPILOT_NODE_RANK": str(rank)}, tmp_path)
-        check_command(said, 2, "10.1.0.4:29400", rank == 0)
-        assert "mesh.ep=8" in said and "run.resume=auto" in said
+        config = check_command(said, 2, "10.1.0.4:29400", rank == 0)
+        assert (config.mesh.ep, config.run.resume) == (8, "auto")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +214,7 @@ def test_torchrun_refuses_what_it_would_have_to_guess(words: str, problem: str, 
 def test_torchrun_takes_options_and_variables(tmp_path: Path):
     script = f'exec {shlex.quote(str(LAUNCH / "torchrun.sh"))} "$@"'
     options = ["--nnodes", "3", "--host", "fd00::7", "--local-addr", "fd00::8", "run.dir=/shared/run", "mesh.ep=4"]
-    launch = compose(run_script(script, ["_", *options], {}, tmp_path)[1:]).config.launch
+    launch = accepted(run_script(script, ["_", *options], {}, tmp_path)).launch
     assert (launch.nnodes, launch.rendezvous, launch.local_addr) == (3, "[fd00::7]:29400", "fd00::8")
     assert launch.holds_rendezvous is None
     told = {"NNODES": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "2940", "NODE_RANK": "1"}
@@ -211,3 +234,32 @@ def test_a_slurm_job_must_be_able_to_come_back():
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "run.dir=/shared/first", "run.resume=/shared/other"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "run.resume is auto" in ended.stderr
+
+
+def test_a_slurm_job_gives_commands_that_are_accepted(tmp_path: Path):
+    (tmp_path / "bin").mkdir()
+    for name, text in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    told = {
+        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_ID": "123",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    script = f'source {shlex.quote(str(LAUNCH / "slurm.sbatch"))} "$@"'
+    given = ["run.dir=/shared/runs/first", "experiment=tiny_cpu", "mesh.ep=4"]
+    _, *said = run_script(script, ["_", *given], told, tmp_path)
+    preflight, training = said[: said.index("train")], said[said.index("train") :]
+    assert preflight[:2] == ["doctor", "machine"] and accepted(preflight).mesh.ep == 4
+    config = check_command(training, 2, "10.0.0.1:20123", True)
+    assert (config.mesh.ep, config.run.resume) == (4, "auto")
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_commands_in_scripts_are_accepted(path: Path):
+    for line in re.findall(COMMAND, path.read_text(), re.MULTILINE):
+        words = list(itertools.takewhile(lambda word: not re.match(r"[|&>]", word), shlex.split(line)))
+        args = parse([word.replace("$run_dir", "runs/first") for word in words if word != "$@"])
+        if args.command == "train":
+            compose([text.replace("$folder", "folder") for text in args.overrides])
