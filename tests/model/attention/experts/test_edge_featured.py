@@ -126,6 +126,17 @@ def test_gates_need_edges_and_their_weights_sum_to_less_than_one():
     close(expert(*inputs, Sight(), need_weights=True).weights_BHQS.sum(3), torch.ones(B, H, S).double())
 
 
+def test_gates_clip_the_scores_of_queries_and_keys_before_the_edges_term():
+    expert = build("gated")
+    query, key, value = (rows(B, S, D, seed=n) for n in range(3))
+    edge = torch.zeros_like(edges())
+    # So large that every score is -5 or 5: larger ones change nothing.
+    far, farther = (expert(query * size, key, value, Sight(edges=edge), need_weights=True) for size in (1e5, 1e6))
+    close(far.weights_BHQS, farther.weights_BHQS)
+    ratio = far.weights_BHQS.amax(3) / far.weights_BHQS.amin(3)
+    assert (ratio < 1.0001 * torch.tensor(10.0).exp()).all() and ratio.max() > 0.99 * torch.tensor(10.0).exp()
+
+
 def test_gatv2_without_edges_is_gatv2_with_edges_of_zeros():
     expert = build("gatv2")
     inputs = [rows(B, S, D, seed=n) for n in range(3)]
