@@ -83,6 +83,11 @@ def test_a_node_without_neighbours_hears_itself_and_gradients_are_finite():
         assert all(grad.any() for grad in grads[1:3])
         alone = layer(nodes[:, 4:5], seen[4:5, 4:5], edges[:, 4:5, 4:5]).node_BND
         torch.testing.assert_close(output.node_BND[:, 4:5], alone, rtol=0, atol=1e-12)
+        # It hears itself, which an adjacency without its own place would not let it do.
+        moved = nodes.detach().clone()
+        moved[0, 4] += 1
+        assert changed(output.node_BND, layer(moved, seen, edges).node_BND) == {4}
+        assert output.node_BND[:, 4].abs().amin() > 0
 
 
 def test_sparse_edges_are_dense_ones_with_zeros_and_numbers_are_no_weights():
