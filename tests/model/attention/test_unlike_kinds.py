@@ -54,7 +54,6 @@ def equal_one_device(here: Here, ep: int, config: MixtureConfig, recompute: str 
     return worst
 
 
-@pytest.mark.requirement("R2-47")
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("bank", ["replicated", "gathered"])
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
