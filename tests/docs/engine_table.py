@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -102,13 +103,13 @@ def deepspeed_steps(here: Here, row: Row) -> Steps:
     grads: dict[str, Tensor] = {}
     step = trainer.engine.step
 
-    def show_and_step() -> float:
+    def show_and_step(*summed: Any) -> float:
         if not grads:
             from deepspeed.utils import safe_get_full_grad
 
             for name, parameter in trainer.model.named_parameters():
                 grads[name] = whole(trainer.engine.layout.show(name, safe_get_full_grad(parameter)))
-        return step()
+        return step(*summed)
 
     trainer.engine.step = show_and_step  # type: ignore[method-assign]
     with contextlib.closing(trainer.engine):
