@@ -76,6 +76,7 @@ def test_to_mapping():
             "input_jitter": 0.0,
             "selection_bias": "allowed",
             "bias": False,
+            "init": "xavier_normal",
         },
         "by_name": {"a": {"sizes": [3]}},
         "nothing": None,

@@ -133,7 +133,7 @@ def test_running_counts_by_hand():
     )
     trainer = make_trainer(config, config.data.open(), Mesh.alone())
     seen = []
-    layer = trainer.moe_layers[0]
+    layer = trainer.measures.moe_layers[0]
     layer.router.register_forward_hook(lambda module, args, routing: seen.append((routing, args[1].valid_T)))
     assert trainer.step(steps_loader(1, 2, 0, 4, NUM_ROWS))
     asked_E, expected, num_tokens = torch.zeros(8).double(), 0.0, sum(int(valid_T.sum()) for _, valid_T in seen)

@@ -91,6 +91,7 @@ def check_parity(ranks: Any, world: int, eps: tuple[int, ...], accumulations: tu
         assert all(names == expected.grads.keys() for names in held)
 
 
+@pytest.mark.slow
 def test_ranks_train_as_one_device(ranks: Any):
     check_parity(ranks, 2, (2,))
 

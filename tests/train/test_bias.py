@@ -126,7 +126,7 @@ def test_a_quantile_is_the_step_s_and_acts_from_the_next_one_on():
     its price, and the bias moves by the K / E quantile of price - score."""
     config = by_rule("quantile")
     trainer = make_trainer(config, config.data.open(), Mesh.alone())
-    layer, seen = trainer.moe_layers[0], []
+    layer, seen = trainer.measures.moe_layers[0], []
     layer.router.register_forward_hook(
         lambda module, args, routing: seen.append((routing.score_TE[args[1].valid_T], module.selection_bias.clone()))
     )
