@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moedist.config import require
-from moedist.moe.experts.contract import Experts, ExpertsConfig
+from moedist.moe.experts.contract import Experts, ExpertsConfig, Rows
 from moedist.moe.init import XAVIER, Draw, Xavier, piece_of
 
 Activation = Literal["swiglu", "gelu", "relu"]
@@ -166,6 +166,12 @@ def run_one_by_one(experts: StackedFFN, x_RD: Tensor, gate_R: Tensor, sizes: Seq
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight + bias`` for [rows, in] and [in, out]."""
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def bias_of_rows(bias: Tensor, rows: Rows) -> Tensor:
+    """[R, ...]: each row's expert's entry of ``bias`` [e, ...]; of the last expert's for rows past the last end."""
+    row_R = torch.arange(rows.x_RD.shape[0], device=bias.device, dtype=rows.ends_e.dtype)
+    return bias[torch.searchsorted(rows.ends_e, row_R, right=True).clamp_max(bias.shape[0] - 1)]
 
 
 class SharedExpert(nn.Module):

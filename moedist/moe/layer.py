@@ -196,3 +196,10 @@ def routing_label(model: nn.Module) -> str | None:
     layers = (module for module in model.modules() if isinstance(module, RoutedLayer))
     labels = dict.fromkeys(layer.config.router.label for layer in layers)
     return ", ".join(label for label in labels if label is not None) or None
+
+
+def experts_notes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """`Experts.note` of all layers of a model, each line once."""
+    banks = (module.bank for module in model.modules() if isinstance(module, MoE))
+    notes = dict.fromkeys(bank.experts.note(device, dtype, bank.static) for bank in banks)
+    return [note for note in notes if note is not None]

@@ -17,6 +17,8 @@ from moedist.train.config import RunConfig
 
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Dtype of the weights; under ``bf16`` compute is cast, the weights stay fp32."""
+MATMUL_DTYPES = {**PARAMETER_DTYPES, "bf16": torch.bfloat16}
+"""Dtype of what matrices are multiplied with."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moedist.moe.layer import MoE, routing_label
 from moedist.moe.report import PackedReports, pack_reports
 from moedist.moe.routed import RoutedLayer
 from moedist.parallel.expert_norms import ExpertNorms
-from moedist.train.build import PARAMETER_DTYPES, SpreadModel
+from moedist.train.build import MATMUL_DTYPES, SpreadModel
 from moedist.train.clock import PARTS, StepClock
 from moedist.train.config import RunConfig
 from moedist.train.tally import StepSum, Tally
@@ -104,9 +104,7 @@ class Measures:
         if given is not None:
             self.peak_flops = given * 1e12 * self.mesh.dp.size
             return
-        precision = self.config.train.precision
-        dtype = torch.bfloat16 if precision == "bf16" else PARAMETER_DTYPES[precision]
-        self.peak_flops = measured_peak_flops(self.mesh, dtype)
+        self.peak_flops = measured_peak_flops(self.mesh, MATMUL_DTYPES[self.config.train.precision])
 
     @contextlib.contextmanager
     def step(self, recorded: bool) -> Iterator[None]:

@@ -23,10 +23,10 @@ from moedist.mesh.collectives import broadcast_json
 from moedist.mesh.restart import restarted
 from moedist.mesh.slow import slow_axis
 from moedist.model.attention.mixture import AttentionMixture
-from moedist.moe.layer import routing_label
+from moedist.moe.layer import experts_notes, routing_label
 from moedist.moe.routed import RoutedLayer
 from moedist.moe.token_choice import group_notes
-from moedist.train.build import SpreadModel, build_model
+from moedist.train.build import MATMUL_DTYPES, SpreadModel, build_model
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta
 from moedist.train.config import RunConfig, TrainConfig
 from moedist.train.ending import DataChangedError, Ending
@@ -228,6 +228,8 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     note = moe.dispatch.note(moe.num_experts, per_token, moe.capacity.dropless, mesh.ep)
     if note is not None:
         log.say(f"note   {note}")
+    for line in experts_notes(spread.model, mesh.device, MATMUL_DTYPES[train.precision]):
+        log.say(f"note   {line}")
     for line in group_notes(spread.model, num_nodes):
         log.say(f"note   {line}")
     mixtures = [module for module in spread.model.modules() if isinstance(module, AttentionMixture)]

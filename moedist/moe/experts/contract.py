@@ -45,6 +45,15 @@ class Experts(nn.Module):
         part, so that one without rows gets a zero gradient and not None."""
         raise NotImplementedError
 
+    def note(self, device: torch.device, dtype: torch.dtype, uniform: bool) -> str | None:
+        """What a run should say of how its experts are computed, as a sentence; None for nothing.
+
+        Args:
+            device, dtype: of the rows.
+            uniform: whether rows come in fixed slots (`Rows.uniform`).
+        """
+        return None
+
     def keep(self, expert_ids: Sequence[int]) -> None:
         """Drops all experts but those with the given global ids, in the given order."""
         raise NotImplementedError

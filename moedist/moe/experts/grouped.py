@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moedist.moe.experts.contract import Rows
-from moedist.moe.ffn import FFNExpertsConfig, StackedFFN, activate, run_one_by_one
+from moedist.moe.ffn import FFNExpertsConfig, StackedFFN, activate, bias_of_rows, run_one_by_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GroupedExperts(StackedFFN):
             else:
                 # The rows end where the last expert's do: past that, grouped_mm leaves its output uninitialised.
                 y = ContiguousGradient.apply(F.grouped_mm(x, weight.to(dtype), offs=rows.ends_e))
-            return y if bias is None or name == "down" else y + self.of_rows(bias, rows).to(dtype)
+            return y if bias is None or name == "down" else y + bias_of_rows(bias, rows).to(dtype)
 
         up, gate = multiply(x_RD, "up"), multiply(x_RD, "gate")
         assert up is not None
@@ -80,11 +80,5 @@ class GroupedExperts(StackedFFN):
         if self.down_bias is not None:
             bias = self.weight("down_bias")
             assert bias is not None
-            output = output + (self.of_rows(bias, rows) * rows.gate_R[:, None]).to(dtype)
+            output = output + (bias_of_rows(bias, rows) * rows.gate_R[:, None]).to(dtype)
         return output
-
-    @staticmethod
-    def of_rows(bias: Tensor, rows: Rows) -> Tensor:
-        """[R, ...]: each row's expert's entry of ``bias`` [e, ...]."""
-        row_R = torch.arange(rows.x_RD.shape[0], device=bias.device, dtype=rows.ends_e.dtype)
-        return bias[torch.searchsorted(rows.ends_e, row_R, right=True)]

@@ -1,0 +1,1 @@
+"""Triton kernels, the only place that imports triton, each with its twin in plain torch."""
