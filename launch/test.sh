@@ -12,6 +12,8 @@ prepare_venv test
 export PATH="$VENV/bin:$PATH"
 # Tests start ranks of their own, up to one per core: threads on top of them would fight for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# They start hundreds of processes: each would compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 
 ruff check .
 ruff format --check .

@@ -8,7 +8,6 @@ import warnings
 from fractions import Fraction
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -215,7 +214,16 @@ class Limit:
         return torch.minimum(tokens_G, share_G.clamp_min(self.least))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def ceil_float32(num_tokens: int, num_experts: int, numerator: int, denominator: int, top_k: int) -> int:
-    """``ceil(fp32(t / E) * fp32(factor * K))`` rounded as DeepSpeed rounds; a constant to a compiled graph."""
-    return int(np.ceil(np.float32(num_tokens / num_experts) * np.float32(numerator / denominator * top_k)))
+    """``ceil(fp32(t / E) * fp32(factor * K))``, rounded as DeepSpeed rounds."""
+    return math.ceil(float32(float32(num_tokens / num_experts) * float32(numerator / denominator * top_k)))
+
+
+def float32(number: float) -> float:
+    """The fp32 number nearest to a positive one, to even at a tie, by operations that a compiled graph knows.
+
+    >>> float32(0.1) == torch.tensor(0.1, dtype=torch.float32).item()
+    True
+    """
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)

@@ -189,6 +189,7 @@ def test_the_command_prints_and_draws(monkeypatch, capsys, tmp_path):
     assert found["versions"]["torch"] == torch.__version__ and {"load_before", "ranks", "threads", "date"} <= set(found)
 
 
+@pytest.mark.slow
 def test_a_layer_is_measured_with_torch_and_numpy_alone():
     """In a process that has nothing else to import."""
     program = """

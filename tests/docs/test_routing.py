@@ -29,6 +29,7 @@ def test_the_tables_are_those_of_the_command():
     assert len({tuple(" ".join(sorted(cell.split())) for cell in cells) for cells in by_policy}) == 5
 
 
+@pytest.mark.slow
 def test_the_command_runs():
     command = [sys.executable, "-m", "tests.docs.capacity_table"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

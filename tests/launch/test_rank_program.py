@@ -45,6 +45,7 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall("35")
 def test_two_ranks_with_two_seconds_of_skew_make_one_folder(jobs: dict[str, tuple[int, str, Path]]):
     exit_code, said, folder = jobs["skewed"]
@@ -60,6 +61,7 @@ def test_two_ranks_with_two_seconds_of_skew_make_one_folder(jobs: dict[str, tupl
     assert "said by a rank" not in said
 
 
+@pytest.mark.slow
 def test_a_configuration_that_cannot_work_ends_all_ranks_with_one_message(jobs: dict[str, tuple[int, str, Path]]):
     exit_code, said, folder = jobs["refused"]
     assert exit_code == 1  # torchrun's own, always

@@ -139,7 +139,7 @@ def objective_alone(here: Here, with_task: bool) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("with_task", [False, True])
+@pytest.mark.parametrize("with_task", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_loss_of_reports_alone_finds_every_weight(ranks, with_task: bool):
     """A backward that begins in a report, whose tensors FSDP must have hooked as it has hooked the logits."""
     for expected, *others in ranks(4).run(objective_alone, with_task, limit_s=120):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
@@ -82,7 +83,15 @@ def test_ctrl_c_ends_it(run: Path):
     pytest.importorskip("plotly")
     command = [sys.executable, "-m", "moedist", "report", "--watch", str(run)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Where these tests run in a shell's background, children begin deaf to Ctrl-C.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert started.stdout is not None
         assert started.stdout.readline().startswith("http://127.0.0.1:")

@@ -141,7 +141,7 @@ def test_the_same_run_twice_is_bitwise_equal(ranks, whole, pair, tmp_path: Path)
     assert digest_of(FP32, whole["fp32", 1][0] / last) != digest_of(FP32, whole["fp32", 2][0] / last), "it sees bits"
 
 
-@pytest.mark.parametrize("stop_at", [1, 7, 12])
+@pytest.mark.parametrize("stop_at", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 12))])
 def test_a_stop_and_a_resume_are_bitwise_equal(ranks, pair, tmp_path: Path, stop_at: int):
     """Log every 6 steps: the log says what it would have said, and no record stands for the step of the stop."""
     folder, samples = pair
