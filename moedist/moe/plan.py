@@ -241,11 +241,12 @@ def count(index_N: Tensor, num_bins: int, valid_N: Tensor | None = None) -> Tens
 def surviving_gates(routing: Routing, placed: Placed, valid_N: Tensor, rescale: bool | str) -> Tensor:
     """Gates of the pairs that stay, else 0; ``rescale`` as `CapacityConfig.renormalize_after_drop`."""
     gate_N = routing.gate_N
-    # A pair that was moved carries its new expert's score, by the same factor as before.
-    asked_N = routing.score_TE[routing.token_N, routing.expert_N]
-    got_N = routing.score_TE[routing.token_N, placed.expert_N]
-    moved_N = placed.expert_N != routing.expert_N
-    gate_N = torch.where(moved_N, gate_N / torch.where(asked_N > 0, asked_N, 1) * got_N, gate_N)
+    if placed.expert_N is not routing.expert_N:
+        # A pair that was moved carries its new expert's score, by the same factor as before.
+        asked_N = routing.score_TE[routing.token_N, routing.expert_N]
+        got_N = routing.score_TE[routing.token_N, placed.expert_N]
+        moved_N = placed.expert_N != routing.expert_N
+        gate_N = torch.where(moved_N, gate_N / torch.where(asked_N > 0, asked_N, 1) * got_N, gate_N)
     gate_N = torch.where(placed.kept_N, gate_N, 0)
     if rescale is False:
         return gate_N
@@ -263,4 +264,5 @@ def rescaled(gate_N: Tensor, sum_N: Tensor | int, routing: Routing) -> Tensor:
 def sum_by_token(value_N: Tensor, routing: Routing) -> Tensor:
     """[N]: the sum over all pairs of each one's token."""
     assert routing.pairs_per_token is not None, "a token's pairs stand together in token choice only"
-    return value_N.view(-1, routing.pairs_per_token).sum(1)[routing.token_N]
+    value_TK = value_N.view(-1, routing.pairs_per_token)
+    return value_TK.sum(1, keepdim=True).expand_as(value_TK).reshape(-1)

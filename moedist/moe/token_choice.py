@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moedist.config import Config, ConfigError, require
 from moedist.moe.context import TokenContext
+from moedist.moe.host import on_host
 from moedist.moe.init import Draw
 from moedist.moe.noise import INPUT_JITTER, ROUTER_NOISE, draw_normal, draw_uniform
 from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
@@ -276,16 +277,28 @@ class TokenChoiceRouter(Router):
         )
 
     def select(self, logits_TE: Tensor, score_TE: Tensor, allowed_TE: Tensor | None, ctx: TokenContext) -> Tensor:
-        """int64 [T, K]: the chosen experts. A stable sort, because torch.topk breaks ties as it likes."""
+        """int64 [T, K]: the chosen experts."""
         order_TE = self.selection_order(logits_TE, score_TE, ctx)
         if allowed_TE is not None:
             order_TE = order_TE.masked_fill(~allowed_TE, -torch.inf)
-        return order_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k]
+        return best_experts(order_TE, self.top_k)
 
     def selection_order(self, logits_TE: Tensor, score_TE: Tensor, ctx: TokenContext) -> Tensor:
         """[T, E], without gradient: higher is chosen first."""
         # Every score grows with its logit, and logits keep apart what a score rounds to one value.
         return logits_TE if self.selection_bias is None else score_TE + self.selection_bias
+
+
+def best_experts(order_TE: Tensor, top_k: int) -> Tensor:
+    """int64 [T, K]: the experts of the K highest values in falling order, the lowest index first where they are equal.
+
+    A stable sort, because torch.topk breaks ties as it likes; on a CPU only where there are any.
+    """
+    if on_host(order_TE) and top_k < order_TE.shape[1]:
+        value_TK, expert_TK = order_TE.topk(top_k + 1, dim=1)
+        if bool((value_TK[:, :-1] > value_TK[:, 1:]).all()):
+            return expert_TK[:, :top_k]
+    return order_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def scores(logits_TE: Tensor, function: ScoreFunction) -> Tensor:

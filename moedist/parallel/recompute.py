@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moedist.mesh import collectives  # noqa: F401 - defines moedist::all_to_all
 from moedist.model.attention.bank import AttentionBank
 from moedist.model.attention.contract import Attention
+from moedist.moe import host_experts  # noqa: F401 - defines moedist::host_experts
 from moedist.moe.bank.contract import Bank
 
 Recompute = Literal["full", "selective"]
@@ -33,6 +34,7 @@ KEPT = frozenset(
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.moedist.all_to_all.default,
+        torch.ops.moedist.host_experts.default,
     }
 )
 """What ``selective`` keeps: outputs of matrix products, of attention and of the exchange of rows. Norms, rotations,

@@ -12,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
+from moedist.moe.host import on_host
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` along dim 0, zero where the index is -1; any index shape, ``x`` may have no rows."""
     if x.shape[0] == 0:
         return x.new_zeros(*index.shape, *x.shape[1:])
-    taken = x.index_select(0, index.clamp_min(0).view(-1)).view(*index.shape, *x.shape[1:])
-    return taken.masked_fill_((index < 0).view(*index.shape, *(1,) * (x.dim() - 1)), 0)
+    taken = x.index_select(0, index.clamp_min(0).view(-1))
+    absent = (index < 0).view(-1)
+    if on_host(x):  # mostly all are there
+        taken.index_fill_(0, absent.nonzero()[:, 0], 0)
+    else:
+        taken.masked_fill_(absent.view(-1, *(1,) * (x.dim() - 1)), 0)
+    return taken.view(*index.shape, *x.shape[1:])
 
 
 def pair_of_row(row_N: Tensor, num_rows: int) -> Tensor:
@@ -41,6 +48,8 @@ def sum_pairs(
         return take(y_RD, row_N)
     if pairs_per_token is not None:
         row_TK = row_N.view(num_tokens, pairs_per_token)
+        if y_RD.dim() == 2 and on_host(y_RD) and y_RD.dtype in (torch.float32, torch.float64):
+            return sum_bags(y_RD, row_TK)
         if row_N.shape[0] > 2 * y_RD.shape[0]:  # mostly empty: all columns at once would take more room than the rows
             sum_TD = y_RD.new_zeros(num_tokens, *y_RD.shape[1:], dtype=torch.promote_types(y_RD.dtype, torch.float32))
             for row_T in row_TK.unbind(1):
@@ -49,6 +58,13 @@ def sum_pairs(
         return take(y_RD, row_TK).sum(1)
     assert token_N is not None
     return y_RD.new_zeros(num_tokens, *y_RD.shape[1:]).index_add(0, token_N, take(y_RD, row_N))
+
+
+def sum_bags(y_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """[T, D]: the same for K pairs each in one pass, without the [T, K, D] in between."""
+    there_TK = row_TK >= 0
+    size_T = there_TK.sum(1)
+    return F.embedding_bag(row_TK[there_TK], y_RD, size_T.cumsum(0) - size_T, mode="sum")
 
 
 class TokensToRows(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""All experts of a rank in one call per matrix: grouped matmul over ragged rows, batched matmul over fixed slots."""
+"""All experts of a rank in one call per matrix: grouped matmul over ragged rows, batched matmul over fixed slots.
+
+On a CPU one expert after the other, in caches (`moedist.moe.host_experts`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from torch.nn import functional as F
 
 from moedist.moe.experts.contract import Rows
 from moedist.moe.ffn import FFNExpertsConfig, StackedFFN, activate, bias_of_rows, run_one_by_one
+from moedist.moe.host import on_host
+from moedist.moe.host_experts import host_experts
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedConfig(FFNExpertsConfig):
-    """Grouped matrix products; where a dtype or a width does not qualify, the loop of `moedist.moe.experts.loop`."""
+    """Grouped matrix products; where a dtype or a width does not qualify, the loop of `moedist.moe.experts.loop`; on a
+    CPU, SwiGLU without biases, `moedist.moe.host_experts`."""
 
     def build(
         self,
@@ -57,6 +63,10 @@ class GroupedExperts(StackedFFN):
         """[R, D]: ``gate * expert(x)``."""
         x_RD, dtype = rows.x_RD, rows.x_RD.dtype
         num_rows = x_RD.shape[0]
+        if self.fit_host(rows):
+            up, gate, down = self.weight("up"), self.weight("gate"), self.weight("down")
+            assert up is not None and gate is not None and down is not None
+            return host_experts(x_RD, rows.gate_R, up, gate, down, rows.sizes)
         if num_rows == 0 or not (rows.uniform or qualifies(dtype, self.dim, self.hidden_dim)):
             return run_one_by_one(self, x_RD, rows.gate_R, rows.sizes)
 
@@ -82,3 +92,9 @@ class GroupedExperts(StackedFFN):
             assert bias is not None
             output = output + (bias_of_rows(bias, rows) * rows.gate_R[:, None]).to(dtype)
         return output
+
+    def fit_host(self, rows: Rows) -> bool:
+        """Whether `moedist.moe.host_experts` computes them: the default expert, on a CPU, in one dtype throughout."""
+        plain = self.config.activation == "swiglu" and not self.config.bias and bool(self.expert_ids)
+        dtypes = {rows.x_RD.dtype, rows.gate_R.dtype, self.up.dtype}
+        return plain and on_host(rows.x_RD) and dtypes in ({torch.float32}, {torch.float64})
