@@ -57,14 +57,13 @@ def main(args: argparse.Namespace) -> int:
     from moedist.launch.analysis import plan_analysis, validate_corpora
     from moedist.launch.folder import choose_folder, claim_folder
     from moedist.launch.node_groups import follow_nodes
-    from moedist.launch.start import plan_ranks, run_ranks
+    from moedist.launch.start import run_ranks
     from moedist.launch.validate import validate_evaluation
     from moedist.report.page import charting_library
 
     charting_library()
     analysis = plan_analysis(args.checkpoint, args.corpus, args.overrides)
-    ranks = plan_ranks(analysis.composed.config.launch, analysis.composed.config.mesh.device)
-    composed = follow_nodes(analysis.composed, ranks.nproc)
+    ranks, composed = analysis.ranks, follow_nodes(analysis.composed, analysis.ranks.nproc)
     config, mapping = composed.config, composed.mapping
     validate_evaluation(config, mapping, ranks.world_size)
     validate_corpora(analysis)

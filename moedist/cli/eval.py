@@ -46,12 +46,11 @@ def main(args: argparse.Namespace) -> int:
     from moedist.launch.evaluation import plan_evaluation
     from moedist.launch.folder import choose_folder, claim_folder
     from moedist.launch.node_groups import follow_nodes
-    from moedist.launch.start import plan_ranks, run_ranks
+    from moedist.launch.start import run_ranks
     from moedist.launch.validate import validate_evaluation
 
     plan = plan_evaluation(args.checkpoint, args.overrides)
-    ranks = plan_ranks(plan.composed.config.launch, plan.composed.config.mesh.device)
-    composed = follow_nodes(plan.composed, ranks.nproc)
+    ranks, composed = plan.ranks, follow_nodes(plan.composed, plan.ranks.nproc)
     config, mapping = composed.config, composed.mapping
     validate_evaluation(config, mapping, ranks.world_size)
     if args.dry_run:

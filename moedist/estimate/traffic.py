@@ -18,7 +18,7 @@ from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.traffic import Batch, Traffic, share_reached
 from moedist.moe.layer import MoEConfig
-from moedist.moe.trace import TraceError, open_trace, read_step
+from moedist.moe.trace import LayerTrace, TraceError, open_trace, read_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Spread:
 
     Attributes:
         heaviest: largest number of pairs at a rank / the even share, the worst over micro-steps.
-        ranks, nodes: places per token with an expert of it.
+        ranks, nodes: places per token with an expert of it that computes it.
         pairs_per_token: that are computed.
     """
 
@@ -99,24 +99,24 @@ def read_spreads(path: Path | str, shape: ModelShape, layout: Layout, ranks_per_
         step = read_step(files, shape.moe_blocks)
         for block in shape.moe_blocks:
             layer = step.layers[block]
-            computed_TK = layer.computed_TK.masked_fill(~step.valid_T[:, None], -1)
-            found[block].append(_spread(computed_TK, layer.num_experts, layout, ranks_per_node))
+            found[block].append(_spread(layer, step.valid_T, layout, ranks_per_node))
     return {block: _mean(spreads) for block, spreads in found.items()}
 
 
-def _spread(computed_TK: Tensor, num_experts: int, layout: Layout, ranks_per_node: int) -> Spread:
+def _spread(layer: LayerTrace, valid_T: Tensor, layout: Layout, ranks_per_node: int) -> Spread:
     """Of one layer and step. The expert-parallel group's tokens of a micro-step are taken one such row after the
     other; what is left over at the end is a smaller one where there is none."""
+    computed_TK = layer.computed_TK.masked_fill(~valid_T[:, None], -1)
     together = min(layout.tokens * layout.ep, computed_TK.shape[0])
     num_groups = computed_TK.shape[0] // together
-    per_rank = num_experts // layout.ep
+    per_rank = layer.num_experts // layout.ep
     rank_TK = torch.where(computed_TK >= 0, computed_TK // per_rank, -1)
     heaviest = 1.0
     for group_TK in rank_TK[: num_groups * together].split(together):
         load_W = torch.bincount(group_TK[group_TK >= 0], minlength=layout.ep).double()
         heaviest = max(heaviest, float(load_W.max() / load_W.mean().clamp_min(1)))
     node_TK = torch.where(rank_TK >= 0, rank_TK // min(ranks_per_node, layout.ep), -1)
-    num_tokens = max(int((computed_TK >= 0).any(1).sum()), 1)
+    num_tokens = max(int(valid_T.sum()), 1)  # those of which nothing is computed too: they are tokens of a rank
     return Spread(
         heaviest,
         _distinct(rank_TK) / num_tokens,

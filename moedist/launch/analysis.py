@@ -15,6 +15,7 @@ from moedist.data.contract import DataConfig
 from moedist.launch.compose import Composed
 from moedist.launch.evaluation import plan_evaluation
 from moedist.launch.saved import decode_saved
+from moedist.launch.start import Ranks
 from moedist.train.checkpoint import CheckpointError
 from moedist.train.checkpoint.manifest import check_sizes
 
@@ -30,12 +31,14 @@ class Analysis:
         others: the other whole checkpoints of its run, in the order of steps.
         corpora: the texts by name, as the ``data`` of a configuration; empty for the run's held-out part.
         composed: the configuration, dropless; ``run.dir`` is the folder of the analysis.
+        ranks: of this machine, which analyze it.
     """
 
     checkpoint: Path
     others: tuple[Path, ...]
     corpora: Mapping[str, Mapping[str, Any]]
     composed: Composed
+    ranks: Ranks
 
     def write_request(self, folder: Path) -> Path:
         """Leaves what the ranks must know in a file; returns it."""
@@ -68,7 +71,7 @@ def plan_analysis(
         require(name not in texts, "--corpus", corpus, "has the name of another", "Give each corpus its own name.")
         texts[name] = text_corpus(plan.composed, files.split(","))
     others = [other for other in sorted(plan.checkpoint.parent.glob("step_*")) if other != plan.checkpoint]
-    return Analysis(plan.checkpoint, tuple(filter(_is_whole, others)), texts, plan.composed)
+    return Analysis(plan.checkpoint, tuple(filter(_is_whole, others)), texts, plan.composed, plan.ranks)
 
 
 def text_corpus(composed: Composed, files: Sequence[str]) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moedist.config import ConfigError
 from moedist.launch.compose import Composed, compose_onto
 from moedist.launch.outcome import last_good_checkpoint
+from moedist.launch.start import Ranks, plan_ranks
 from moedist.train.checkpoint import CheckpointError, read_meta
 
 
@@ -22,10 +24,12 @@ class Evaluation:
         checkpoint: its folder, absolute.
         composed: the configuration that it was trained with, dropless, with overrides; ``run.dir`` is the folder of
             the evaluation.
+        ranks: of this machine, which measure it.
     """
 
     checkpoint: Path
     composed: Composed
+    ranks: Ranks
 
 
 def plan_evaluation(
@@ -33,7 +37,8 @@ def plan_evaluation(
 ) -> Evaluation:
     """Reads what a checkpoint was trained with.
 
-    The capacity limit is a means of training: the finished model is measured without it, on one node.
+    The capacity limit is a means of training: the finished model is measured without it, on one node, whose ranks may
+    be fewer than those that trained it.
 
     Args:
         path: a checkpoint, or a run folder for its newest one.
@@ -55,7 +60,22 @@ def plan_evaluation(
     folder = checkpoint.parents[1] / room / f"{stamp}_{checkpoint.name}"
     saved["run"] = {**saved["run"], "dir": str(folder), "resume": "never", "allow_changes": []}
     saved["launch"] = {**saved["launch"], "nnodes": 1, "rendezvous": None, "max_restarts": 0}
-    return Evaluation(checkpoint, compose_onto(without_limits(saved), overrides))
+    saved = without_limits(saved)
+    wanted = compose_onto(saved, overrides).config
+    ranks = plan_ranks(wanted.launch, wanted.mesh.device)
+    saved["mesh"] = fit_mesh(saved["mesh"], ranks.world_size)
+    return Evaluation(checkpoint, compose_onto(saved, overrides), ranks)
+
+
+def fit_mesh(mesh: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """The layout of a run on as many ranks as there are, which changes nothing of what it computes: each size is the
+    largest that divides both its own and theirs.
+
+    >>> fit_mesh({"ep": 8, "fsdp": 16, "ranks_per_node": None}, world_size=4)
+    {'ep': 4, 'fsdp': 4, 'ranks_per_node': None}
+    """
+    sizes = {key: mesh.get(key) for key in ("ep", "fsdp", "ranks_per_node")}
+    return {**mesh, **{key: size and math.gcd(size, world_size) for key, size in sizes.items()}}
 
 
 def find_checkpoint(path: Path) -> Path:

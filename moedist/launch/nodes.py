@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from moedist.config import ConfigError, require
 from moedist.config.exit_codes import ExitCode
+from moedist.doctor.machine import is_public
 
 if TYPE_CHECKING:
     from moedist.train.config import LaunchConfig
@@ -116,15 +117,14 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
 
 def warn_of_exposure(endpoint: str, meeting: str) -> None:
     """Says where torch's stores, which ask nobody for a password, would listen to the world, or to nobody."""
-    address = ipaddress.ip_address(meeting)
-    if address.is_global:
+    if is_public(meeting):
         warnings.warn(
             f"launch.rendezvous = {endpoint!r} is the public address {meeting}. The ranks' ports ask for no password, "
             "and whoever reaches them can most likely run code: name an address of a private network, or see that a "
             "firewall lets the nodes alone in.",
             stacklevel=2,
         )
-    elif address.is_loopback:
+    elif ipaddress.ip_address(meeting).is_loopback:
         warnings.warn(
             f"launch.rendezvous = {endpoint!r} is this machine's own {meeting}, which no other machine reaches.",
             stacklevel=2,

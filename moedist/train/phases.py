@@ -182,14 +182,20 @@ def _meetings(spans: Sequence[Span]) -> list[tuple[Span, str]]:
 
 
 def chrome_trace(ranks: Sequence[Sequence[Span]], step: int, straggler: Straggler | None) -> dict[str, Any]:
-    """The spans as Perfetto and chrome://tracing read them: a process per rank, times in microseconds.
+    """The spans as Perfetto and chrome://tracing read them: a process per rank, times in microseconds. The straggler's
+    name says whom it is that the others waited for.
 
     Format: "Trace Event Format", complete events (``ph: X``) and metadata (``ph: M``).
     """
     events: list[Mapping[str, Any]] = []
     for rank, spans in enumerate(ranks):
-        events.append({"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
-        events.append({"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
+        late = f" (waited for in {straggler.phase})" if straggler is not None and straggler.rank == rank else ""
+        for key, args in {
+            "process_name": {"name": f"rank {rank}{late}"},
+            "process_sort_index": {"sort_index": rank},
+            "thread_name": {"name": "phases"},
+        }.items():
+            events.append({"name": key, "ph": "M", "pid": rank, "tid": 0, "args": args})
         for span in spans:
             times = {"ts": round(1e6 * span.begin_s, 3), "dur": round(1e6 * (span.end_s - span.begin_s), 3)}
             category = "phase" if span.within is None else span.phase

@@ -50,6 +50,22 @@ def test_overrides_have_the_last_word(run: Path):
     assert (config.moe.capacity.factor, config.train.eval_batches, config.mesh.ep) == (1.5, 3, 1)
 
 
+def test_a_run_of_many_nodes_is_measured_on_the_ranks_of_one(tmp_path: Path, capsys: Output):
+    """Nobody must know the layout of a run to measure it: experts and pieces of weights go to the ranks there are."""
+    nodes = ["launch.nnodes=4", "launch.nproc=2", "launch.rendezvous=node0:29400"]
+    trained = [*TRAINED, *nodes, "mesh.ep=4", "mesh.fsdp=8", "mesh.ranks_per_node=2", f"run.dir={tmp_path}"]
+    path = tmp_path / "checkpoints" / folder_name(3)
+    path.mkdir(parents=True)
+    write_manifest(path, Manifest(3, 8, {}, {"config": compose(trained).mapping}))
+    plan = plan_evaluation(tmp_path)
+    mesh = plan.composed.config.mesh
+    assert (plan.ranks.world_size, mesh.ep, mesh.fsdp, mesh.ranks_per_node) == (2, 2, 2, 2)
+    assert plan_evaluation(tmp_path, ["launch.nproc=8"]).composed.config.mesh.ep == 4
+    assert main(["eval", str(tmp_path), "--dry-run", "launch.nproc=3"]) == 0
+    assert main(["eval", str(tmp_path), "--dry-run", "mesh.fsdp=4"]) == 2
+    assert "mesh.fsdp = 4 does not divide the 2 ranks launched" in capsys.readouterr().err
+
+
 def test_limits_of_single_layers_go_too():
     layer = {"ffn": {"moe": {"capacity": {"factor": 1.0, "expert_capacity": 4, "eval_factor": None, "group": "rank"}}}}
     (plain,) = without_limits([layer])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,17 @@ import torch
 from moedist.cli.estimate import on_nodes
 from moedist.config import ConfigError
 from moedist.estimate.cluster import read_clusters
-from moedist.estimate.estimate import estimate
+from moedist.estimate.estimate import as_mapping, estimate
 from moedist.estimate.shape import Layout, shape_of
 from moedist.estimate.traffic import even_spread, read_spreads, traffic_of
+from moedist.log.config import TraceConfig
+from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.contract import DispatchConfig
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.trace import LayerTrace, StepTrace, write_part
-from tests.train.tiny import CONFIG, changed
+from moedist.train.config import RunConfig
+from tests.ranks import Here
+from tests.train.tiny import CONFIG, changed, make_trainer, no_measuring
 
 RANKS, EP = 4, 4
 TINY = changed(CONFIG, mesh={"ep": EP}, capacity={"factor": None})
@@ -64,6 +70,48 @@ def test_skew_needs_more_memory_and_time(tmp_path: Path):
     assert spreads[1].heaviest == EP
     assert skewed.traffic[1].rows.arrived == EP * even.traffic[1].rows.arrived
     assert skewed.duration.exchange == pytest.approx(EP * even.duration.exchange)
+
+
+class Written:
+    """Stands for the run's log."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+    def say(self, line: str) -> None:
+        raise AssertionError(line)
+
+
+def traced_step(here: Here, config: RunConfig, folder: Path) -> float:
+    """Records the routing of a step; bytes that all ranks sent in it."""
+    trainer = make_trainer(config, config.data.open(), here.mesh_of(here.world), traces=folder)
+    log = Written()
+    with no_measuring():
+        assert trainer.step(trainer.loader())
+        trainer.write_trace(log)  # type: ignore[arg-type]
+        trainer.record(log, evaluated=False)  # type: ignore[arg-type]
+    return float(log.record["moe/exchange_bytes"])
+
+
+@pytest.mark.parametrize("dispatch", [AllToAllConfig(), HierarchicalConfig(once_per="rank")], ids=["pairs", "copies"])
+def test_the_trace_of_a_run_gives_the_bytes_that_the_run_sent(ranks, tmp_path: Path, dispatch: DispatchConfig):
+    """Of a run that drops so much that of many tokens nothing is sent."""
+    config = changed(
+        CONFIG,
+        mesh={"ep": 2},
+        capacity={"factor": 0.4},
+        moe={"dispatch": dispatch},
+        data={"num_tokens": 12_000},
+        train={"sequence_length": 512, "activation_checkpointing": "full"},
+        log={"trace": TraceConfig(steps=(1,))},
+    )
+    sent = ranks(2).run(traced_step, config, tmp_path)[0]
+    shape, layout = shape_of(config, 37), Layout.of(config, 2, "cpu")
+    spreads = read_spreads(tmp_path, shape, layout, 2)
+    cluster = read_clusters()["laptop"]
+    traced, even = (as_mapping(estimate(config, 37, 2, cluster, spreads=found)) for found in (spreads, None))
+    assert 2 * traced["all_to_all"]["bytes_per_step"] == pytest.approx(sent, rel=0.03)
+    assert 2 * even["all_to_all"]["bytes_per_step"] > 1.5 * sent
 
 
 def test_exchanges_one_after_the_other_take_the_sum_of_their_times():

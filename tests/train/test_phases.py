@@ -42,8 +42,9 @@ def test_the_last_to_arrive_is_named_with_what_it_did():
 def test_a_trace_is_what_perfetto_reads():
     trace = chrome_trace([rank(3.0), rank(5.0)], 12, find_straggler([rank(3.0), rank(5.0)], ep=2))
     events = trace["traceEvents"]
-    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    assert names == {0: "rank 0", 1: "rank 1"}
+    names = {(event["name"], event["pid"]): event["args"].get("name") for event in events if event["ph"] == "M"}
+    assert names["process_name", 0] == "rank 0" and names["process_name", 1] == "rank 1 (waited for in forward)"
+    assert names["thread_name", 0] == names["thread_name", 1] == "phases"
     (exchange,) = (event for event in events if event["pid"] == 1 and event["name"] == "exchange")
     assert exchange == {"name": "exchange", "cat": "exchange", "ph": "X", "pid": 1, "tid": 0, "ts": 5e6, "dur": 2e6}
     assert trace["otherData"] == {
