@@ -10,10 +10,11 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata
 
 from moedist.mesh import Axis
 from moedist.train.checkpoint import CheckpointError, CheckpointStore, read_meta, verify
@@ -191,6 +192,32 @@ def test_the_index_reaches_nothing_but_dtypes_in_torch(tmp_path: Path, name: str
     (path / ".metadata").write_bytes(b"\x80\x04" + _text(module) + _text(name) + b"\x93.")
     seal_again(path)
     refused(path, f"it asks for {module}.{name}")
+
+
+def test_an_index_of_early_python_3_11_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 3.11.3 (Debian 12 has 3.11.2) a member of an enum is pickled as ``getattr(class, name)``."""
+    path = three(tmp_path)[0]
+    index = pickle.loads((path / ".metadata").read_bytes())
+    with monkeypatch.context() as early:
+        early.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name)))
+        (path / ".metadata").write_bytes(pickle.dumps(index))
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    seal_again(path)
+    live = state(9)
+    CheckpointStore(path.parent, Axis("slow")).load(path, live)
+    assert torch.equal(live["model"]["head.weight"], state(1)["model"]["head.weight"])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(torch.Size, "mro"), (torch.float32, "itemsize"), (Metadata, "__init__")])
+def test_early_python_s_way_of_writing_reaches_nothing_else(tmp_path: Path, kind: object, name: str) -> None:
+    class Attribute:
+        def __reduce__(self) -> Any:
+            return getattr, (kind, name)
+
+    path = three(tmp_path)[0]
+    (path / ".metadata").write_bytes(pickle.dumps(Attribute()))
+    seal_again(path)
+    refused(path, f"it asks for '{name}' of")
 
 
 def _text(value: str) -> bytes:
