@@ -71,12 +71,18 @@ def ball_distances(u_Q: Tensor, v_S: Tensor, c: Tensor) -> Tensor:
     return 2 / root * torch.asinh(root * gap * stretch_Q * stretch_S.transpose(-1, -2))
 
 
-def centroid(sum_of_points: Tensor, c: Tensor) -> Tensor:
+def centroid(sum_of_points: Tensor, sum_of_weights: Tensor, c: Tensor) -> Tensor:
     """The point of the hyperboloid in the direction of a weighted sum of points [..., h + 1], their Lorentz centroid.
 
     It does not depend on the scale of the weights, and is the Einstein midpoint and the Möbius gyromidpoint as well. A
     sum of no points stays zero.
+
+    Args:
+        sum_of_weights: [..., 1], none below zero. The Lorentz length of the sum is at least that (of two points, ``-c
+            <X, Y>`` is the cosine of their distance), which holds it where far points leave of it only rounding.
+        c: minus the curvature.
     """
     time, space = sum_of_points[..., :1], sum_of_points[..., 1:]
-    square = time.square() - space.square().sum(-1, keepdim=True)
-    return sum_of_points / (c * square.clamp_min(torch.finfo(square.dtype).eps ** 2)).sqrt()
+    square = c * (time.square() - space.square().sum(-1, keepdim=True))
+    least = sum_of_weights.square().clamp_min(torch.finfo(square.dtype).tiny)
+    return sum_of_points / torch.maximum(square, least).sqrt()

@@ -4,7 +4,9 @@ It stands beside the rooms above the trainer because it lends from it; nothing b
 """
 
 from moedist.nn.attention import ExpertType, MoEAttention, MoEAttentionConfig, MoEAttentionOutput, usage_loss
-from moedist.nn.layer import AuxLossModule, DiagnosticsProvider, MoELayer, MoELayerConfig
+from moedist.nn.config import MoELayerConfig
+from moedist.nn.layer import DiagnosticsProvider, MoELayer
+from moedist.nn.losses import AuxLossModule
 from moedist.nn.monitor import ExpertSpecializationMonitor, ExpertStats
 from moedist.nn.training import MoELoss, MoEOptimizerConfig, parameter_groups, training_step
 

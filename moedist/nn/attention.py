@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import weakref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moedist.config import Config, require
 from moedist.model.attention.bank import BankKind
@@ -24,7 +23,7 @@ from moedist.moe.context import TokenContext
 from moedist.moe.init import named_draw
 from moedist.moe.plan import CapacityPlan
 from moedist.moe.router.mlp import MLPConfig
-from moedist.nn.layer import Carry, Losses
+from moedist.nn.losses import AuxLossLayer
 
 
 class ExpertType(enum.StrEnum):
@@ -130,7 +129,7 @@ class MoEAttentionOutput:
     aux_loss: Tensor
 
 
-class MoEAttention(nn.Module):
+class MoEAttention(AuxLossLayer):
     """Each query is routed to ``top_k`` attention experts, which take from all keys; their outputs are summed by gate
     and projected once.
 
@@ -139,12 +138,13 @@ class MoEAttention(nn.Module):
 
     Attributes:
         mixture: the core layer.
-        use_aux_loss: whether training computes the balance and the z-loss. May be changed any time.
-        aux_loss_weight: ``load_balance_coef``. May be changed any time.
+        aux_loss_weight: begins as ``load_balance_coef``.
 
     Raises:
         ValueError: sizes that do not fit together.
     """
+
+    _routed = "mixture"
 
     def __init__(
         self,
@@ -163,9 +163,7 @@ class MoEAttention(nn.Module):
         if not self.mixture.output_weight.is_meta:
             seed = int(torch.randint(2**62, ()))
             self.mixture.init_weights(named_draw(seed, f"layer.{layer}"))
-        self.use_aux_loss, self.aux_loss_weight = True, config.load_balance_coef
-        self._values: Losses | None = None  # without graph
-        self._graph: weakref.ref[Losses] | None = None  # the output's graph keeps them alive
+        self.set_up_losses(True, config.load_balance_coef)
 
     def forward(
         self,
@@ -206,32 +204,15 @@ class MoEAttention(nn.Module):
             valid_T = key_valid.flatten() if is_self and key_valid is not None else None
             ctx = TokenContext.of_rows(num_rows, length, device=query.device, valid_T=valid_T, training=self.training)
         mixed = self.mixture(query, key, value, sight, ctx, need_weights, named)
-        losses = None
-        if self.training and self.use_aux_loss:
-            losses = Losses(mixed.report.losses["switch"], mixed.report.losses["z_loss"])
-        self._values = None if losses is None else losses.values()
-        self._graph = None if losses is None else weakref.ref(losses)
-        out = mixed.out_BQD.to(query.dtype)
+        out_BQD = self.remember(mixed.out_BQD.to(query.dtype), mixed.report)
+        num_experts = self.config.num_experts
         return MoEAttentionOutput(
-            output=out if losses is None else Carry.apply(out, losses),
+            output=out_BQD,
             attention_weights=mixed.weights,
-            gates=gates_of(mixed.plan, num_rows * length).view(num_rows, length, -1),
-            indices=mixed.routing.expert_N.view(num_rows, length, -1),
-            aux_loss=self._zero() if losses is None else self.aux_loss_weight * losses.aux,
+            gates=gates_of(mixed.plan, num_rows * length).view(num_rows, length, num_experts),
+            indices=mixed.routing.expert_N.view(num_rows, length, self.config.top_k),
+            aux_loss=self.get_aux_loss(),
         )
-
-    @property
-    def aux_loss(self) -> Tensor:
-        """0-dim: the balance loss of the last forward pass, unscaled. 0 where it is off: ``use_aux_loss`` false,
-        evaluation, or no forward pass since the mode was changed."""
-        losses = self._losses()
-        return self._zero() if losses is None else losses.aux
-
-    @property
-    def z_loss(self) -> Tensor:
-        """0-dim: the router's z-loss, like `aux_loss`."""
-        losses = self._losses()
-        return self._zero() if losses is None else losses.z
 
     def get_aux_loss(self) -> Tensor:
         """0-dim: ``aux_loss_weight * aux_loss``."""
@@ -240,29 +221,6 @@ class MoEAttention(nn.Module):
     def num_parameters(self) -> int:
         """Of the whole layer: router, all experts, output projection; wherever the experts lie."""
         return self._num_parameters
-
-    def train(self, mode: bool = True) -> MoEAttention:
-        """Changes the mode and forgets the last pass's losses."""
-        self.reset_state()
-        super().train(mode)
-        return self
-
-    def reset_state(self) -> None:
-        """Forgets the last pass's losses."""
-        self._values, self._graph = None, None
-
-    def _losses(self) -> Losses | None:
-        if not (self.use_aux_loss and self.training):
-            return None
-        alive = None if self._graph is None else self._graph()
-        return alive or self._values
-
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=self.mixture.output_weight.device)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies remember no forward pass: a weak reference cannot travel."""
-        return {**self.__dict__, "_values": None, "_graph": None}
 
 
 def gates_of(plan: CapacityPlan, num_tokens: int) -> Tensor:

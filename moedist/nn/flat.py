@@ -63,7 +63,8 @@ def experts_of(moe: MoE) -> ModuleExperts:
 
 def common_dtype(moe: MoE) -> torch.dtype:
     """The type that holds every rank's numbers exactly; collective."""
-    own = functools.reduce(torch.promote_types, {parameter.dtype for parameter in moe.parameters()})
+    dtypes = {parameter.dtype for parameter in moe.parameters()} or {torch.float32}
+    own = functools.reduce(torch.promote_types, dtypes)
     number = torch.tensor([DTYPES.index(own)], device=device_of(moe))
     everyone = all_gather(number, moe.bank.ep).flatten().tolist()
     return functools.reduce(torch.promote_types, [DTYPES[number] for number in everyone])
@@ -71,7 +72,7 @@ def common_dtype(moe: MoE) -> torch.dtype:
 
 def device_of(moe: MoE) -> torch.device:
     """Where the layer lies."""
-    return next(moe.parameters()).device
+    return next(moe.parameters(), torch.empty(0)).device
 
 
 def vector(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: torch.device) -> Tensor:

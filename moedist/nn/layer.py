@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-import weakref
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from moedist.config import Config, require
 from moedist.moe.balance.switch import SwitchConfig
 from moedist.moe.balance.z_loss import ZLossConfig
 from moedist.moe.capacity import CapacityConfig
@@ -23,30 +20,14 @@ from moedist.moe.init import below, named_draw
 from moedist.moe.layer import MoEConfig
 from moedist.moe.modules import ModuleExperts
 from moedist.moe.plan import plan_capacity
-from moedist.moe.report import MoEReport
 from moedist.moe.router.contract import Router, RouterConfig
 from moedist.moe.router.topk import TopKConfig
+from moedist.nn.config import MoELayerConfig
 from moedist.nn.flat import gather_flat, scatter_flat
+from moedist.nn.losses import AuxLossLayer
+from moedist.nn.parts import check_parts, rows_for
 from moedist.nn.router import ModuleRouter
 from moedist.nn.usage import Diagnostics, Usage, UsageReport, WatchedMoE, usage_diagnostics
-
-
-@runtime_checkable
-class AuxLossModule(Protocol):
-    """A module that adds a loss of its own to the task's."""
-
-    use_aux_loss: bool
-    aux_loss_weight: float
-
-    @property
-    def aux_loss(self) -> Tensor:
-        """0-dim, unscaled; 0 where it is off."""
-        ...
-
-    @property
-    def z_loss(self) -> Tensor:
-        """0-dim, unscaled; 0 where it is off."""
-        ...
 
 
 @runtime_checkable
@@ -58,115 +39,7 @@ class DiagnosticsProvider(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class MoELayerConfig(Config):
-    """A layer of equal experts ``Linear -> activation -> Linear`` behind a linear router.
-
-    >>> MoELayer.from_config(MoELayerConfig()).num_parameters()
-    527364
-
-    Attributes:
-        num_experts: 2 or more.
-        in_features, out_features: widths of the layer; ``out_features`` None for ``in_features``.
-        hidden_features: width inside of each expert; None for ``expansion * in_features``.
-        expansion: 1 or more.
-        activation: of each expert: ``relu``, ``gelu`` or ``silu``.
-        top_k: experts per token; 0 or None for all.
-        use_aux_loss, aux_loss_weight: see `MoELayer`.
-    """
-
-    num_experts: int = 4
-    in_features: int = 128
-    out_features: int | None = None
-    hidden_features: int | None = None
-    expansion: float = 4.0
-    activation: str = "relu"
-    top_k: int | None = None
-    use_aux_loss: bool = True
-    aux_loss_weight: float = 0.01
-
-    def __post_init__(self) -> None:
-        require(self.num_experts >= 2, "num_experts", self.num_experts, "leaves nothing to choose", "Set 2 or more.")
-        for key in ("in_features", "out_features", "hidden_features"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, key, value, "is no width", "Set it to 1 or more.")
-        require(self.expansion >= 1, "expansion", self.expansion, "is below 1", "Set it to 1 or more; 4 is common.")
-        require(
-            self.activation in ACTIVATIONS,
-            "activation",
-            self.activation,
-            "is not known",
-            f"Choose one of {', '.join(ACTIVATIONS)}.",
-        )
-        require(
-            self.top_k is None or 0 <= self.top_k <= self.num_experts,
-            "top_k",
-            self.top_k,
-            f"is outside of 0 to {self.num_experts}",
-            "Set 1 to num_experts, or 0 for all experts.",
-        )
-        require(self.aux_loss_weight >= 0, "aux_loss_weight", self.aux_loss_weight, "is negative", "Set 0 or more.")
-
-    def expert(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-        """One expert, with torch's own first values."""
-        hidden = self.hidden_features or int(self.expansion * self.in_features)
-        return nn.Sequential(
-            nn.Linear(self.in_features, hidden, device=device, dtype=dtype),
-            ACTIVATIONS[self.activation](),
-            nn.Linear(hidden, self.out_features or self.in_features, device=device, dtype=dtype),
-        )
-
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-
-
-@dataclasses.dataclass(eq=False)
-class Losses:
-    """The losses of one forward pass, with their graph."""
-
-    aux: Tensor
-    z: Tensor
-
-    def values(self) -> Losses:
-        """Without it."""
-        return Losses(self.aux.detach(), self.z.detach())
-
-
-@dataclasses.dataclass(frozen=True)
-class LastForward:
-    """What a layer remembers of its last forward pass: numbers, and of the losses' graph no more than a weak reference.
-
-    Attributes:
-        usage: of this rank.
-        losses: without graph.
-        with_graph: while the output's graph lives, which keeps them; held here only in a compiled graph, where nothing
-            else could.
-    """
-
-    usage: Usage
-    losses: Losses | None
-    with_graph: weakref.ref[Losses] | Losses | None
-
-    def live_losses(self) -> Losses | None:
-        """With their graph if it is there still."""
-        alive = self.with_graph() if isinstance(self.with_graph, weakref.ref) else self.with_graph
-        return alive or self.losses
-
-
-class Carry(torch.autograd.Function):
-    """The output as it is; its graph holds on to the losses for as long as it lives itself."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, losses: Losses) -> Tensor:
-        ctx.losses = losses
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class MoELayer(nn.Module):
+class MoELayer(AuxLossLayer):
     """A layer of experts that are modules, and of a router that is one.
 
     ``output = activation(sum over chosen experts of gate * expert(x))``. Experts may be of unlike types and widths
@@ -195,6 +68,8 @@ class MoELayer(nn.Module):
         TypeError: an expert or the router is no module.
         ValueError: there is no expert, or a width or number does not fit.
     """
+
+    _routed = "moe"
 
     def __init__(
         self,
@@ -235,11 +110,9 @@ class MoELayer(nn.Module):
             layer=layer,
         )
         self.output_activation = output_activation
-        self.aux_loss_weight = aux_loss_weight
         self._numel_E = [sum(p.numel() for p in expert.parameters()) for expert in experts]
-        self._losses = dict(self.moe.losses.items())
-        self.use_aux_loss = use_aux_loss
-        self._last: LastForward | None = None
+        self._usage: Usage | None = None
+        self.set_up_losses(use_aux_loss, aux_loss_weight)
 
     @classmethod
     def from_config(
@@ -296,7 +169,11 @@ class MoELayer(nn.Module):
         out = out_TD.to(x.dtype).view(*x.shape[:-1], self.out_features)
         if self.output_activation is not None:
             out = self.output_activation(out)
-        return out if report is None else self._remember(out, report)
+        if report is None:
+            return out
+        assert isinstance(report, UsageReport)
+        self._usage = report.usage
+        return self.remember(out, report)
 
     def _context(self, x: Tensor) -> TokenContext:
         config = self.moe.config
@@ -309,15 +186,6 @@ class MoELayer(nn.Module):
         rows = x.shape[0] if x.dim() > 2 else 1
         length = math.prod(x.shape[1:-1]) if x.dim() > 2 else math.prod(x.shape[:-1])
         return TokenContext.of_rows(rows, length, device=x.device, training=self.training)
-
-    def _remember(self, out: Tensor, report: MoEReport) -> Tensor:
-        assert isinstance(report, UsageReport)
-        losses = Losses(report.losses["switch"], report.losses["z_loss"]) if report.losses else None
-        if losses is None or torch.compiler.is_compiling():
-            self._last = LastForward(report.usage, None if losses is None else losses.values(), losses)
-            return out
-        self._last = LastForward(report.usage, losses.values(), weakref.ref(losses))
-        return Carry.apply(out, losses)
 
     @property
     def num_experts(self) -> int:
@@ -353,72 +221,16 @@ class MoELayer(nn.Module):
         return any(parameter.requires_grad for parameter in self.moe.parameters())
 
     @property
-    def use_aux_loss(self) -> bool:
-        """Whether training computes balance and z-loss."""
-        return self._use_aux_loss
-
-    @use_aux_loss.setter
-    def use_aux_loss(self, on: bool) -> None:
-        self._use_aux_loss = on
-        self.moe.losses = nn.ModuleDict(self._losses if on else {})
-
-    @property
-    def aux_loss_weight(self) -> float:
-        """What `MoELoss` multiplies `aux_loss` by."""
-        return self._aux_loss_weight
-
-    @aux_loss_weight.setter
-    def aux_loss_weight(self, weight: float) -> None:
-        if not weight >= 0:
-            raise ValueError(f"aux_loss_weight = {weight} would reward imbalance: set it to 0 or more")
-        self._aux_loss_weight = weight
-
-    @property
-    def aux_loss(self) -> Tensor:
-        """0-dim: the Switch loss ``E sum_i f_i P_i`` of the last forward pass, unscaled: 1 for uniform routing. 0 where
-        it is off: ``use_aux_loss`` false, evaluation, or no forward pass yet."""
-        losses = self._live_losses()
-        return self._zero() if losses is None else losses.aux
-
-    @property
-    def z_loss(self) -> Tensor:
-        """0-dim: the router's z-loss, like `aux_loss`."""
-        losses = self._live_losses()
-        return self._zero() if losses is None else losses.z
-
-    def compute_auxiliary_loss(self) -> Tensor:
-        """`aux_loss`, asked for explicitly.
-
-        Raises:
-            RuntimeError: it is off, or there was no forward pass.
-        """
-        losses = self._live_losses()
-        if losses is not None:
-            return losses.aux
-        if not self.use_aux_loss:
-            raise RuntimeError("the auxiliary loss is off: set use_aux_loss = True before the forward pass")
-        if not self.training:
-            raise RuntimeError("the auxiliary loss is off in evaluation: call train() before the forward pass")
-        raise RuntimeError("there is no auxiliary loss yet: run a forward pass first")
-
-    def _live_losses(self) -> Losses | None:
-        usable = self.use_aux_loss and self.training and self._last is not None
-        return self._last.live_losses() if usable and self._last is not None else None
-
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=next(self.parameters(), torch.empty(0)).device)
-
-    @property
     def usage(self) -> Usage | None:
         """Of this rank in the last forward pass; None before."""
-        return None if self._last is None else self._last.usage
+        return self._usage
 
     def get_auxiliary_loss_diagnostics(self) -> Diagnostics:
         """How the experts were used in the last forward pass, over all data-parallel ranks; collective: every rank must
         ask. Before any, ``status`` alone. The keys: `moedist.nn.usage.usage_diagnostics`."""
-        if self._last is None:
+        if self._usage is None:
             return Diagnostics(status="no forward pass since the last reset")
-        usage = self._last.usage.over(self.moe.dp)
+        usage = self._usage.over(self.moe.dp)
         found = Diagnostics(num_experts=self.num_experts, batch_size=int(usage.num_tokens), top_k=self.top_k)
         found |= usage_diagnostics(usage, with_loss=self.use_aux_loss)
         return found
@@ -463,74 +275,14 @@ class MoELayer(nn.Module):
         return copy.deepcopy(self)
 
     def reset_state(self) -> None:
-        """Forgets the last forward pass, here and in every part that has a ``reset_state`` of its own."""
-        self._last = None
-        for module in self.modules():
-            if module is not self and callable(reset := getattr(module, "reset_state", None)):
-                reset()
-
-    def train(self, mode: bool = True) -> MoELayer:
-        """Also forgets the last forward pass: its numbers are another mode's."""
-        super().train(mode)
-        self.reset_state()
-        return self
+        """See the base; and the usage."""
+        self._usage = None
+        super().reset_state()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the last forward pass."""
-        return {**self.__dict__, "_last": None}
+        """See the base; and without the usage."""
+        return {**super().__getstate__(), "_usage": None}
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}, experts={self.num_experts}, top_k={self.top_k}"
-
-
-def check_parts(
-    experts: list[nn.Module],
-    router: nn.Module | RouterConfig,
-    in_features: int,
-    out_features: int,
-    top_k: int | None,
-) -> None:
-    """Raises `TypeError` or `ValueError` where a layer cannot be made of these."""
-    if not experts:
-        raise ValueError("experts is empty: a layer needs at least one")
-    for place, expert in enumerate(experts):
-        if not isinstance(expert, nn.Module):
-            raise TypeError(f"expert {place} is no nn.Module but {type(expert).__name__}")
-    for name, width in (("in_features", in_features), ("out_features", out_features)):
-        if width < 1:
-            raise ValueError(f"{name} = {width} is no width: set it to 1 or more")
-    if isinstance(router, RouterConfig):
-        if top_k is not None:
-            raise ValueError(f"top_k = {top_k} is the router's own to say: set it in {type(router).__name__}")
-    elif not isinstance(router, nn.Module):
-        raise TypeError(f"router is no nn.Module and no RouterConfig but {type(router).__name__}")
-    elif top_k is not None and not 0 <= top_k <= len(experts):
-        raise ValueError(f"top_k = {top_k} is outside of 0 to {len(experts)}, the number of experts; 0 means all")
-    for place, expert in enumerate(experts):
-        check_widths(f"expert {place}", expert, in_features, out_features)
-    if isinstance(router, nn.Module):
-        check_widths("the router", router, in_features, len(experts))
-
-
-def check_widths(name: str, module: nn.Module, in_features: int, out_features: int) -> None:
-    """Raises `ValueError` unless a module makes [rows, out_features] of [rows, in_features]."""
-    modes = [(part, part.training) for part in module.modules()]
-    x = rows_for([module], 2, in_features)
-    try:
-        with torch.no_grad():
-            y = module.eval()(x)
-    except RuntimeError as error:
-        raise ValueError(f"{name} does not take {list(x.shape)} (in_features = {in_features}): {error}") from error
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    if y.shape != (2, out_features):
-        raise ValueError(f"{name} makes {list(y.shape)} of {list(x.shape)}; it must make {[2, out_features]}")
-
-
-def rows_for(modules: list[nn.Module], num_rows: int, width: int) -> Tensor:
-    """Zeros of the type and place of the first weight."""
-    weights = (parameter for module in modules for parameter in module.parameters())
-    like = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0))
-    return torch.zeros(num_rows, width, dtype=like.dtype, device=like.device)

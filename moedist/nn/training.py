@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moedist.config import Config, require
 from moedist.model.attention.mixture import AttentionMixture
 from moedist.moe.layer import MoE
-from moedist.nn.layer import AuxLossModule
+from moedist.nn.losses import AuxLossModule
 from moedist.parallel import clip_gradients
 from moedist.train.optimizer.adamw import groups_by_role
 

@@ -104,6 +104,28 @@ def test_R2_35_the_loss_is_this_passes_and_of_training_alone():
     assert attention(inputs()).aux_loss.item() == 0.5 * attention.aux_loss.item() > 0
 
 
+def test_a_context_of_evaluation_in_training_has_no_losses():
+    attention = make()
+    assert attention(inputs(), ctx=TokenContext.of_rows(B, S, training=False)).aux_loss == 0 == attention.z_loss
+
+
+@pytest.mark.parametrize("shape", [(0, S, D), (B, 0, D), (0, 0, D)])
+def test_empty_batches(shape: tuple[int, ...]):
+    attention = make()
+    output = attention(inputs(*shape), need_weights=True)
+    assert output.output.shape == shape and output.indices.shape == (*shape[:2], K) and output.gates.shape[2] == E
+    (output.output.sum() + output.aux_loss).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in attention.parameters())
+
+
+def test_the_output_may_be_changed_in_place():
+    attention = make()
+    output = attention(inputs())
+    output.output.add_(inputs())
+    (output.output.square().sum() + output.aux_loss).backward()
+    assert attention.mixture.router.weight.grad.abs().max() > 0
+
+
 def test_nothing_keeps_the_graph_alive():
     attention = make()
     output = attention(inputs().requires_grad_())

@@ -6,10 +6,12 @@ a rank holds all experts (`ReplicatedBank`), or some of them and is sent the oth
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from moedist.moe.init import Draw, below
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
 
+Attend = Callable[..., Attended]
+"""The forward pass of an `AttentionExpert`."""
 BankKind = Literal["auto", "replicated", "gathered"]
 
 
@@ -77,6 +81,11 @@ class ExpertRows:
             count_BE=count_BE,
         )
 
+    @property
+    def called(self) -> tuple[int, ...]:
+        """Experts that keep a row."""
+        return tuple(expert for expert, most in enumerate(self.most_E) if most > 0)
+
     def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """int64 [B, R] rows and bool [B, R]: whether the expert keeps it, or it only fills up a shorter sequence."""
         row_BR = self.row_BQE[:, : self.most_E[expert], expert]
@@ -119,6 +128,12 @@ class AttentionBank(nn.Module):
         """Global ids of this rank's experts."""
         return tuple(map(int, self.experts))
 
+    def expert(self, expert: int) -> AttentionExpert:
+        """One of this rank's experts, by its global id."""
+        module = self.experts[str(expert)]
+        assert isinstance(module, AttentionExpert)
+        return module
+
     def forward(
         self,
         query_BQD: Tensor,
@@ -128,45 +143,45 @@ class AttentionBank(nn.Module):
         plan: CapacityPlan,
         need_weights: bool = False,
     ) -> Mixed:
-        """[B, Q, D] queries, of which the plan's tokens are the rows one after the other, [B, S, D] keys and values."""
-        raise NotImplementedError
+        """[B, Q, D] queries, of which the plan's tokens are the rows one after the other, [B, S, D] keys and values.
 
-    def init_weights(self, draw: Draw) -> None:
-        """Fills this rank's experts by their global ids."""
-        for expert, module in self.experts.items():
-            assert isinstance(module, AttentionExpert)
-            module.init_weights(below(draw, f"experts.{expert}"))
-
-    def mix(
-        self,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        sight: Sight,
-        plan: CapacityPlan,
-        need_weights: bool,
-        attend: Callable[[int, Tensor, Sight], Attended],
-    ) -> Mixed:
-        """The sum over experts of gate x output, each on its rows; ``attend(expert, query_BRD, sight)`` runs one."""
-        query_BQD, key_BSD, _ = inputs
+        An expert without rows is not called, and its gradients are zeros.
+        """
+        query_BQD, attention_of = self.ready(query_BQD)
         rows = ExpertRows.of_plan(plan, *query_BQD.shape[:2])
         out_BQD, weights = torch.zeros_like(query_BQD), {}
-        if not any(rows.most_E):  # all the same a part of the graph: other ranks may wait for this one in backward
-            out_BQD = _ZeroGradients.apply(out_BQD, *inputs, plan.gate_N)
-        for expert, most in enumerate(rows.most_E):
-            if most == 0:
-                continue
+        if not rows.called:  # all the same a part of the graph: other ranks may wait for this one in backward
+            out_BQD = _ZeroGradients.apply(out_BQD, query_BQD, key_BSD, value_BSD, plan.gate_N)
+        for expert in rows.called:
             row_BR, live_BR = rows.of_expert(expert)
             index_BRD = row_BR[:, :, None].expand(-1, -1, query_BQD.shape[2])
             seen = sight.of_rows(row_BR, live_BR, query_BQD.shape[1])
             if seen.names is not None:
                 seen = dataclasses.replace(seen, names=dataclasses.replace(seen.names, expert=expert))
-            attended = attend(expert, query_BQD.gather(1, index_BRD), seen)
+            rows_BRD = query_BQD.gather(1, index_BRD)
+            attended = attention_of(expert)(rows_BRD, key_BSD, value_BSD, seen, need_weights=need_weights)
             gate_BR = rows.gate_BQE[:, :, expert].gather(1, row_BR)
             # Rows that only fill up have gate 0, and no row stands there twice.
             weighted_BRD = (attended.out_BQD * gate_BR[:, :, None]).to(out_BQD.dtype)
             out_BQD = out_BQD.scatter_add(1, index_BRD, weighted_BRD)
             if attended.weights_BHQS is not None:
                 weights[expert] = _spread_rows(attended.weights_BHQS, row_BR, live_BR, query_BQD.shape[1])
+        if idle := self.idle(rows.called):
+            out_BQD = _ZeroGradients.apply(out_BQD, *idle)
         return Mixed(out_BQD, weights if need_weights else None)
+
+    def ready(self, query_BQD: Tensor) -> tuple[Tensor, Callable[[int], Attend]]:
+        """The query as it is, and what computes an expert of the layer, by its global id."""
+        raise NotImplementedError
+
+    def idle(self, called: Sequence[int]) -> list[nn.Parameter]:
+        """This rank's parameters that take no part in a pass that calls these experts."""
+        raise NotImplementedError
+
+    def init_weights(self, draw: Draw) -> None:
+        """Fills this rank's experts by their global ids."""
+        for expert in self.expert_ids:
+            self.expert(expert).init_weights(below(draw, f"experts.{expert}"))
 
 
 def _spread_rows(weights_BHRS: Tensor, row_BR: Tensor, live_BR: Tensor, num_queries: int) -> Tensor:
@@ -179,27 +194,13 @@ def _spread_rows(weights_BHRS: Tensor, row_BR: Tensor, live_BR: Tensor, num_quer
 class ReplicatedBank(AttentionBank):
     """Every rank holds all experts; their gradients are summed as those of dense weights are."""
 
-    def forward(
-        self,
-        query_BQD: Tensor,
-        key_BSD: Tensor,
-        value_BSD: Tensor,
-        sight: Sight,
-        plan: CapacityPlan,
-        need_weights: bool = False,
-    ) -> Mixed:
-        """See the base. An expert without rows is not called, and its gradients are zeros."""
-        called = set[int]()
+    def ready(self, query_BQD: Tensor) -> tuple[Tensor, Callable[[int], Attend]]:
+        """See the base."""
+        return query_BQD, self.expert
 
-        def attend(expert: int, query_BRD: Tensor, seen: Sight) -> Attended:
-            called.add(expert)
-            module = self.experts[str(expert)]
-            attended: Attended = module(query_BRD, key_BSD, value_BSD, seen, need_weights=need_weights)
-            return attended
-
-        mixed = self.mix((query_BQD, key_BSD, value_BSD), sight, plan, need_weights, attend)
-        idle = [p for name, m in self.experts.items() if int(name) not in called for p in m.parameters()]
-        return mixed._replace(out_BQD=_ZeroGradients.apply(mixed.out_BQD, *idle)) if idle else mixed
+    def idle(self, called: Sequence[int]) -> list[nn.Parameter]:
+        """See the base."""
+        return [p for expert in self.expert_ids if expert not in called for p in self.expert(expert).parameters()]
 
 
 class GatheredBank(AttentionBank):
@@ -215,30 +216,21 @@ class GatheredBank(AttentionBank):
         super().__init__(bank.configs, bank.site, bank.experts)
         self.placement, self.ep = placement, ep
         # The experts of all ranks without storage, to be run on what was gathered. Not registered: nobody's parameters.
-        hollow = dataclasses.replace(bank.site, device="meta")
-        self._hollow = tuple(config.build(hollow) for config in bank.configs)
+        self._hollow = tuple(copy.deepcopy(bank.expert(place)).to("meta") for place in bank.expert_ids)
         self.keep(placement.expert_ids[ep.rank])
 
-    def forward(
-        self,
-        query_BQD: Tensor,
-        key_BSD: Tensor,
-        value_BSD: Tensor,
-        sight: Sight,
-        plan: CapacityPlan,
-        need_weights: bool = False,
-    ) -> Mixed:
+    def ready(self, query_BQD: Tensor) -> tuple[Tensor, Callable[[int], Attend]]:
         """See the base. All ranks of the axis call it together, those without a row too."""
         query_BQD, tensors_of = self._gather(query_BQD)
 
-        def attend(expert: int, query_BRD: Tensor, seen: Sight) -> Attended:
-            module = self._hollow[expert].train(self.training)
-            arguments = (query_BRD, key_BSD, value_BSD, seen)
-            called = functional_call(module, tensors_of[expert], arguments, {"need_weights": need_weights})
-            assert isinstance(called, Attended)
-            return called
+        def attention_of(expert: int) -> Attend:
+            return functools.partial(_call, self._hollow[expert].train(self.training), tensors_of[expert])
 
-        return self.mix((query_BQD, key_BSD, value_BSD), sight, plan, need_weights, attend)
+        return query_BQD, attention_of
+
+    def idle(self, called: Sequence[int]) -> list[nn.Parameter]:
+        """None: all of them are gathered."""
+        return []
 
     def keep(self, expert_ids: Sequence[int]) -> None:
         """Drops all experts but those with the given global ids, in the given order."""
@@ -246,9 +238,13 @@ class GatheredBank(AttentionBank):
 
     def _gather(self, query_BQD: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The query as it is, and the tensors of every expert by name, in the order of ids."""
-        flat_X = torch.cat([tensor.flatten() for expert in self.expert_ids for tensor in self._own(expert).values()])
+        own = [tensor for expert in self.expert_ids for tensor in tensors(self.expert(expert)).values()]
+        flat_X = torch.cat([tensor.flatten() for tensor in own])
         length = max(sum(map(self._size, ids)) for ids in self.placement.expert_ids)
         padded_P = nn.functional.pad(flat_X, (0, length - flat_X.numel()))
+        if torch.is_grad_enabled() and not padded_P.requires_grad:
+            # Frozen or not, a rank takes part in the exchange of gradients: other ranks' experts may not be frozen.
+            padded_P = padded_P.requires_grad_()
         query_BQD, flat_RP = gather_beside(query_BQD, padded_P, self.ep)
         tensors_of: list[dict[str, Tensor]] = [{} for _ in self._hollow]
         for flat_P, ids in zip(flat_RP.unbind(0), self.placement.expert_ids, strict=True):
@@ -258,13 +254,25 @@ class GatheredBank(AttentionBank):
                 tensors_of[expert][name] = piece.view(like.shape).to(like.dtype)
         return query_BQD, tensors_of
 
-    def _own(self, expert: int) -> dict[str, Tensor]:
-        module = self.experts[str(expert)]
-        assert isinstance(module, AttentionExpert)
-        return tensors(module)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What changes the type of the experts changes that of the hollow ones; the rest is not for them."""
+
+        def change(hollow: Tensor) -> Tensor:
+            return hollow.to(fn(torch.empty(0, dtype=hollow.dtype)).dtype)
+
+        for expert in self._hollow:
+            expert._apply(change)
+        return super()._apply(fn, recurse)
 
     def _size(self, expert: int) -> int:
         return sum(tensor.numel() for tensor in tensors(self._hollow[expert]).values())
+
+
+def _call(expert: nn.Module, values: dict[str, Tensor], *arguments: Any, **options: Any) -> Attended:
+    """The expert's forward pass with other parameters and buffers than its own."""
+    attended = functional_call(expert, values, arguments, options)
+    assert isinstance(attended, Attended)
+    return attended
 
 
 def tensors(expert: AttentionExpert) -> dict[str, Tensor]:

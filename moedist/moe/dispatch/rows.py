@@ -1,4 +1,5 @@
-"""Copying tokens to rows, summing rows to tokens, exchanging rows: three functions, each other's gradients.
+"""Copying tokens to rows, summing rows to tokens, exchanging rows: three functions, each other's gradients, to any
+order.
 
 All are gathers: every output element is written once, so results are bitwise repeatable and nothing asks the host.
 An index of -1 stands for a row, or a pair, that is not there: it reads as zero.
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moedist.mesh import Axis
@@ -74,15 +74,14 @@ class TokensToRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, token_R: Tensor, row_N: Tensor, token_N: Tensor | None, pairs_per_token: int | None
     ) -> Tensor:
-        ctx.save_for_backward(row_N, token_N)
+        ctx.save_for_backward(token_R, row_N, token_N)
         ctx.pairs_per_token, ctx.num_tokens = pairs_per_token, x.shape[0]
         return take(x, token_R)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
-        row_N, token_N = ctx.saved_tensors
-        return sum_pairs(grad_R, row_N, token_N, ctx.pairs_per_token, ctx.num_tokens), None, None, None, None
+        grad = RowsToTokens.apply(grad_R, *ctx.saved_tensors, ctx.pairs_per_token, ctx.num_tokens)
+        return grad, None, None, None, None
 
 
 class RowsToTokens(torch.autograd.Function):
@@ -98,14 +97,13 @@ class RowsToTokens(torch.autograd.Function):
         pairs_per_token: int | None,
         num_tokens: int,
     ) -> Tensor:
-        ctx.save_for_backward(token_R)
+        ctx.save_for_backward(token_R, row_N, token_N)
+        ctx.pairs_per_token = pairs_per_token
         return sum_pairs(y_RD, row_N, token_N, pairs_per_token, num_tokens)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        (token_R,) = ctx.saved_tensors
-        return take(grad_TD, token_R), None, None, None, None, None
+        return TokensToRows.apply(grad_TD, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None, None, None
 
 
 class Reorder(torch.autograd.Function):
@@ -113,14 +111,13 @@ class Reorder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+        ctx.save_for_backward(order, inverse)
         return x.index_select(0, order)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        order, inverse = ctx.saved_tensors
+        return Reorder.apply(grad, inverse, order), None, None
 
 
 class Exchange(torch.autograd.Function):
@@ -142,10 +139,9 @@ class Exchange(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sent = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
-        home = iter(exchange(sent, ctx.axis, ctx.receive_sizes, ctx.send_sizes))
+        home = iter(Exchange.apply(ctx.axis, ctx.receive_sizes, ctx.send_sizes, *sent))
         return None, None, None, *(next(home) if floating else None for floating in ctx.floating)
 
 

@@ -268,6 +268,35 @@ def test_ranks_equal_one_device(ranks: Any, world: int, ep: int):
     assert max(ranks(world).run(equal_one_device, ep, kinds)) <= 1e-12
 
 
+def other_types_and_frozen_weights(here: Here) -> None:
+    """Changed types reach the experts that are gathered; a rank whose experts are frozen hears of the others'."""
+    results = []
+    for late in (False, True):
+        mixture = build(config_of(bank="gathered"), dtype=torch.float32)
+        if late:
+            spread(mixture, here.mesh_of(2))
+        mixture.double()
+        if not late:
+            spread(mixture, here.mesh_of(2))
+        for name, parameter in mixture.named_parameters():
+            parameter.requires_grad_(name.startswith("bank.experts.3"))
+        x_BSD, ctx, sight = tokens(2)
+        mixture(x_BSD, x_BSD, x_BSD, sight, ctx).out_BQD.square().sum().backward()
+        results.append([p.grad for p in mixture.parameters() if p.requires_grad])
+    assert len(results[0]) == 3 * here.rank and all(grad.dtype == torch.float64 for grad in results[0])
+    reference = build(config_of(), dtype=torch.float32).double()
+    x_BSD, ctx, sight = tokens(2)
+    (2 * reference(x_BSD, x_BSD, x_BSD, sight, ctx).out_BQD.square().sum()).backward()
+    expected = [p.grad for p in reference.bank.experts["3"].parameters()] if here.rank else []
+    for grads in results:
+        torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_other_types_and_frozen_weights(ranks: Any):
+    ranks(2).run(other_types_and_frozen_weights)
+
+
 def test_the_cheaper_bank_is_chosen_and_says_why():
     once = BankCost(12_000_000, 4, Passes())
     assert once.gathered_elements == once.replicated_elements == 18_000_000

@@ -33,13 +33,15 @@ class SparseEdges:
     feature_Me: Tensor
 
     def dense(self, num_sequences: int, num_queries: int, num_keys: int) -> Tensor:
-        """[B, Q, S, d_e]; edges of one pair add up."""
-        edge_dim = self.feature_Me.shape[1]
-        live_M = self.query_M >= 0
-        row_M = (self.sequence_M * num_queries + self.query_M.clamp_min(0)) * num_keys + self.key_M
-        flat = self.feature_Me.new_zeros(num_sequences * num_queries * num_keys, edge_dim)
-        feature_Me = self.feature_Me * live_M[:, None].to(self.feature_Me.dtype)
-        return flat.index_add(0, row_M, feature_Me).view(num_sequences, num_queries, num_keys, edge_dim)
+        """[B, Q, S, d_e]; edges of one pair add up.
+
+        Raises:
+            IndexError: an edge names a sequence, query or key that is not there (on a GPU: its own error).
+        """
+        whole = self.feature_Me.new_zeros(num_sequences, num_queries, num_keys, self.feature_Me.shape[1])
+        feature_Me = self.feature_Me.masked_fill((self.query_M < 0)[:, None], 0)
+        place = (self.sequence_M, self.query_M.clamp_min(0), self.key_M)
+        return whole.index_put(place, feature_Me, accumulate=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Sight:
         causal: whether a query sees only keys up to its own place.
         place_BQ: int64, place of each query row among the keys; None where row q stands at key q. A mixture hands an
             expert some of a sequence's rows, in any order and some of them twice.
+        num_places: with ``place_BQ``: places that a row can have; None for as many as there are keys.
         key_valid_BS: bool, false at keys that nobody sees (padding); None for all.
         document_BS: int64, document of each key; a query sees its own only, which is that of the key at its place. None
             for one.
@@ -79,6 +82,7 @@ class Sight:
 
     causal: bool = False
     place_BQ: Tensor | None = None
+    num_places: int | None = None
     key_valid_BS: Tensor | None = None
     document_BS: Tensor | None = None
     mask_BHQS: Tensor | None = None
@@ -142,8 +146,9 @@ class Sight:
             index = row_BR[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             mask = mask.gather(2, index)
         place = row_BR if self.place_BQ is None else self.place_BQ.gather(1, row_BR)
+        num_places = num_queries if self.place_BQ is None else self.num_places
         edges = self._edges_of(row_BR, live_BR, num_queries)
-        return dataclasses.replace(self, place_BQ=place, mask_BHQS=mask, edges=edges)
+        return dataclasses.replace(self, place_BQ=place, num_places=num_places, mask_BHQS=mask, edges=edges)
 
     def _edges_of(self, row_BR: Tensor, live_BR: Tensor, num_queries: int) -> Tensor | SparseEdges | None:
         if self.edges is None:
@@ -152,12 +157,11 @@ class Sight:
             index = row_BR[:, :, None, None].expand(-1, -1, *self.edges.shape[2:])
             return self.edges.gather(1, index)
         place_R = torch.arange(row_BR.shape[1], device=row_BR.device).expand_as(row_BR)
-        # One column more than there are rows, for what is not live.
+        # One column more than there are rows, for what is not live; then it is cut off.
         new_BQ = row_BR.new_full((row_BR.shape[0], num_queries + 1), -1)
-        new_BQ = new_BQ.scatter(1, torch.where(live_BR, row_BR, num_queries), place_R)
-        new_BQ[:, num_queries] = -1
-        query_M = torch.where(self.edges.query_M >= 0, self.edges.query_M, num_queries)
-        return dataclasses.replace(self.edges, query_M=new_BQ[self.edges.sequence_M, query_M])
+        new_BQ = new_BQ.scatter(1, torch.where(live_BR, row_BR, num_queries), place_R)[:, :num_queries]
+        new_M = new_BQ[self.edges.sequence_M, self.edges.query_M]
+        return dataclasses.replace(self.edges, query_M=torch.where(self.edges.query_M < 0, -1, new_M))
 
 
 def masked_softmax(score_BHQS: Tensor, seen_BHQS: Tensor | None) -> Tensor:

@@ -120,7 +120,7 @@ class HyperbolicExpert(ProjectedExpert):
             if self.config.score == "squared_lorentz" and not need_weights and self.dropout == 0:
                 points = lorentz_heads(tangents, c, beta_H)
                 sums_BHQl = fused_attention(points, sight, query_BQD, key_BSD, scale=1.0)
-                out_BHQh = from_hyperboloid(centroid(sums_BHQl, c), c)
+                out_BHQh = from_hyperboloid(centroid(sums_BHQl, torch.ones_like(sums_BHQl[..., :1]), c), c)
                 return Attended(join_heads(out_BHQh * root).to(dtype), None)
             score_BHQS = hyperbolic_scores(tangents, c, beta_H, self.config.score)
             if (bias := sight.bias()) is not None:
@@ -155,7 +155,7 @@ def hyperbolic_mean(weights_BHQS: Tensor, value_BHSh: Tensor, c: Tensor, score: 
     are."""
     reach = BALL_REACH if score == "geodesic" else LORENTZ_REACH
     sums_BHQl = weights_BHQS @ to_hyperboloid(reach * value_BHSh, c)
-    return from_hyperboloid(centroid(sums_BHQl, c), c) / reach
+    return from_hyperboloid(centroid(sums_BHQl, weights_BHQS.sum(3, keepdim=True), c), c) / reach
 
 
 def lorentz_heads(tangents: Heads, c: Tensor, beta_H: Tensor) -> Heads:

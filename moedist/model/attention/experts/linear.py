@@ -198,7 +198,7 @@ def _by_chunks(query: Features, key: Features, value_BHSv: Tensor, sight: Sight,
     num_rows, num_keys = query.phi_BHSm.shape[2], key.phi_BHSm.shape[2]
     phi_BHQm = query.phi_BHSm
     if sight.place_BQ is not None:
-        phi_BHQm = _at_places(phi_BHQm, sight.place_BQ, num_keys)
+        phi_BHQm = _at_places(phi_BHQm, sight.place_BQ, sight.num_places or num_keys)
     length = -(-max(phi_BHQm.shape[2], num_keys) // chunk) * chunk
 
     def cut(x: Tensor, dim: int, fill: float = 0) -> Tensor:

@@ -201,3 +201,20 @@ def test_score_flops():
         "gated": plain + 4 * H * E * 5,
         "gatv2": (5 * D + (2 * E + 1) * D) * 5,
     }
+
+
+@pytest.mark.parametrize("name", ["sequence_M", "query_M", "key_M"])
+@pytest.mark.parametrize("mode", ["key_value", "bias", "gated", "gatv2"])
+def test_an_edge_between_rows_that_are_not_there_is_an_error(mode: str, name: str):
+    """It would else land at the next query's first key."""
+    expert = build(EdgeFeaturedConfig(edge_dim=2, mode=mode))
+    ends = {key: torch.zeros(1, dtype=torch.int64) for key in ("sequence_M", "query_M", "key_M")}
+    ends[name] += B if name == "sequence_M" else S
+    x = rows(B, S, D)
+    sparse = SparseEdges(**ends, feature_Me=rows(1, 2))
+    with pytest.raises(IndexError):
+        expert(x, x, x, Sight(edges=sparse))
+    row_BR = torch.arange(S - 1).expand(B, -1)
+    if name != "key_M":
+        with pytest.raises(IndexError):
+            Sight(edges=sparse).of_rows(row_BR, torch.ones_like(row_BR, dtype=torch.bool), S)

@@ -185,3 +185,15 @@ def test_single_precision_holds_over_long_sequences():
     inputs = [rows(1, 2000, D, seed=n) for n in range(3)]
     expected = exact(*inputs, Sight(causal=True)).out_BQD
     close(single(*(x.float() for x in inputs), Sight(causal=True)).out_BQD.double(), expected, 2e-5)
+
+
+@FEATURES
+def test_causal_rows_at_places_behind_the_last_key_see_all_keys(features: str):
+    """In cross attention of more queries than keys, rows in any order, as a mixture hands them over."""
+    expert = build(LinearConfig(features=features, num_features=16, chunk=2))
+    query, key = rows(B, S + 7, D, seed=1), rows(B, S, D, seed=2)
+    row_BR = torch.tensor([S + 6, 0, S, 3, S + 2, S - 1]).expand(B, -1)
+    taken = query.gather(1, row_BR[:, :, None].expand(-1, -1, D))
+    sight = Sight(causal=True).of_rows(row_BR, torch.ones_like(row_BR, dtype=torch.bool), query.shape[1])
+    whole = written_out(expert, query, key, key, Sight(causal=True))
+    close(expert(taken, key, key, sight).out_BQD, whole.gather(1, row_BR[:, :, None].expand(-1, -1, D)))
