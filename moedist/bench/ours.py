@@ -13,9 +13,11 @@ from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
 from moedist.moe.dispatch.contract import DispatchConfig
 from moedist.moe.dispatch.padded import PaddedConfig
+from moedist.moe.experts.fused import FusedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.ffn import FFNExpertsConfig
+from moedist.moe.kernels.device import why_not
 from moedist.moe.layer import MoEConfig
 from moedist.moe.placement import Placement
 from moedist.moe.router.contract import RouterSite
@@ -49,6 +51,11 @@ class Moedist(Peer):
     def __init__(self, name: str, dispatch: DispatchConfig, experts: type[FFNExpertsConfig]):
         self.name, self.dispatch, self.experts = name, dispatch, experts
         self.about = f"moe/dispatch={dispatch.kind}, moe/experts={experts().kind}"
+
+    def why_not(self, trial: Trial) -> str | None:
+        """Kernels need a device that runs them."""
+        reason = why_not(trial.mesh.device, "ffn") if self.experts is FusedConfig else None
+        return reason or super().why_not(trial)
 
     def build(self, trial: Trial) -> nn.Module:  # noqa: D102
         shape, mesh = trial.shape, trial.mesh
@@ -98,4 +105,12 @@ def twins() -> list[Moedist]:
     return [
         Moedist(f"{OURS}_loop", AllToAllConfig(), LoopConfig),
         Moedist(f"{OURS}_padded", PaddedConfig(), GroupedConfig),
+    ]
+
+
+def fused() -> list[Moedist]:
+    """The same layer with its experts in kernels."""
+    return [
+        Moedist(f"{OURS}_fused", AllToAllConfig(), FusedConfig),
+        Moedist(f"{OURS}_fused_padded", PaddedConfig(), FusedConfig),
     ]

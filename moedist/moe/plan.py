@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moedist.moe.capacity import CapacityConfig, Limit
 from moedist.moe.context import TokenContext
+from moedist.moe.kernels.device import why_not
+from moedist.moe.kernels.pairs import MOST_EXPERTS, places
 from moedist.moe.noise import RANDOM_DROP, draw_uniform
 from moedist.moe.router.contract import Routing
 
@@ -223,6 +225,13 @@ def bucket_of(expert_N: Tensor, counts_N: Tensor, groups: Groups, num_experts: i
 
 def place_in_bucket(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> Tensor:
     """int64 [N]: how many entries of the same bucket stand before each, in the given order (None: as they stand)."""
+    if num_buckets <= MOST_EXPERTS and why_not(bucket_N.device, "pairs") is None:
+        return places(bucket_N, num_buckets, order_N)
+    return sorted_places(bucket_N, num_buckets, order_N)
+
+
+def sorted_places(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> Tensor:
+    """`place_in_bucket` by a stable sort."""
     bucket_in_order_N = bucket_N if order_N is None else bucket_N[order_N]
     by_bucket_N = bucket_in_order_N.sort(stable=True).indices
     pair_N = by_bucket_N if order_N is None else order_N[by_bucket_N]

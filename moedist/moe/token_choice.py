@@ -15,6 +15,8 @@ from moedist.config import Config, ConfigError, require
 from moedist.moe.context import TokenContext
 from moedist.moe.host import on_host
 from moedist.moe.init import Draw
+from moedist.moe.kernels.device import why_not
+from moedist.moe.kernels.pairs import MOST_CHOICES, MOST_EXPERTS, Choose
 from moedist.moe.noise import INPUT_JITTER, ROUTER_NOISE, draw_normal, draw_uniform
 from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
 
@@ -189,6 +191,9 @@ class TokenChoiceRouter(Router):
         config.check(site.num_experts)
         self.config, self.top_k = config, config.experts_per_token(site.num_experts)
         self.renormalize = self.top_k > 1 if config.renormalize is None else config.renormalize
+        kind = type(self)
+        own = kind.select, kind.selection_order
+        self.takes_best_logits = own == (TokenChoiceRouter.select, TokenChoiceRouter.selection_order)
 
     def add_selection_bias(self) -> None:
         """See the contract."""
@@ -229,13 +234,7 @@ class TokenChoiceRouter(Router):
                     x_TD = self.jittered(x_TD, ctx)
                     noisy_TE = self.logits(x_TD, ctx.step)
                 noisy_TE, load_TE = self.with_noise(noisy_TE, x_TD, ctx)
-            score_TE = scores(noisy_TE, self.config.score)
-            allowed_TE = self.allowed(score_TE.detach())
-            expert_TK = self.select(noisy_TE.detach(), score_TE.detach(), allowed_TE, ctx)
-            score_TK = score_TE.gather(1, expert_TK)
-            gate_TK = score_TK
-            if self.renormalize:
-                gate_TK = score_TK / score_TK.sum(dim=1, keepdim=True).clamp_min(EPS)
+            score_TE, allowed_TE, expert_TK, gate_TK = self.choose(noisy_TE, ctx)
             if self.config.scale != 1:
                 gate_TK = gate_TK * self.config.scale
             probs_TE = score_TE
@@ -254,6 +253,32 @@ class TokenChoiceRouter(Router):
             pairs_per_token=self.top_k,
             load_TE=load_TE,
             allowed_TE=allowed_TE,
+        )
+
+    def choose(self, logits_TE: Tensor, ctx: TokenContext) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Scores [T, E], which experts are allowed, those that are chosen [T, K] and their gates [T, K]."""
+        if self.chooses_in_kernel(logits_TE):
+            rules = (self.top_k, self.config.score, self.renormalize, EPS)
+            score_TE, expert_TK, gate_TK = Choose.apply(logits_TE, *rules)
+            return score_TE, None, expert_TK, gate_TK
+        score_TE = scores(logits_TE, self.config.score)
+        allowed_TE = self.allowed(score_TE.detach())
+        expert_TK = self.select(logits_TE.detach(), score_TE.detach(), allowed_TE, ctx)
+        gate_TK = score_TE.gather(1, expert_TK)
+        if self.renormalize:
+            gate_TK = gate_TK / gate_TK.sum(dim=1, keepdim=True).clamp_min(EPS)
+        return score_TE, allowed_TE, expert_TK, gate_TK
+
+    def chooses_in_kernel(self, logits_TE: Tensor) -> bool:
+        """Whether a kernel chooses: the best logits of all experts, where Triton runs."""
+        return (
+            self.takes_best_logits
+            and self.selection_bias is None
+            and self.config.groups is None
+            and self.config.score in ("softmax", "sigmoid")
+            and self.num_experts <= MOST_EXPERTS
+            and self.top_k <= MOST_CHOICES
+            and why_not(logits_TE.device, "pairs") is None
         )
 
     def jittered(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:

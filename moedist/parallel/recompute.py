@@ -18,6 +18,7 @@ from moedist.model.attention.bank import AttentionBank
 from moedist.model.attention.contract import Attention
 from moedist.moe import host_experts  # noqa: F401 - defines moedist::host_experts
 from moedist.moe.bank.contract import Bank
+from moedist.moe.kernels import ffn  # noqa: F401 - defines moedist::ffn_forward
 
 Recompute = Literal["full", "selective"]
 
@@ -35,6 +36,7 @@ KEPT = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.moedist.all_to_all.default,
         torch.ops.moedist.host_experts.default,
+        torch.ops.moedist.ffn_forward.default,
     }
 )
 """What ``selective`` keeps: outputs of matrix products, of attention and of the exchange of rows. Norms, rotations,

@@ -23,6 +23,7 @@ from moedist.mesh.collectives import broadcast_json
 from moedist.mesh.restart import restarted
 from moedist.mesh.slow import slow_axis
 from moedist.model.attention.mixture import AttentionMixture
+from moedist.moe.kernels.device import pairs_note
 from moedist.moe.layer import experts_notes, routing_label
 from moedist.moe.routed import RoutedLayer
 from moedist.moe.token_choice import group_notes
@@ -227,6 +228,8 @@ def greet(log: RunLog, config: RunConfig, source: Source, spread: SpreadModel, m
     per_token = moe.router.experts_per_token(moe.num_experts)
     note = moe.dispatch.note(moe.num_experts, per_token, moe.capacity.dropless, mesh.ep)
     if note is not None:
+        log.say(f"note   {note}")
+    if (note := pairs_note(mesh.device)) is not None:
         log.say(f"note   {note}")
     for line in experts_notes(spread.model, mesh.device, MATMUL_DTYPES[train.precision]):
         log.say(f"note   {line}")

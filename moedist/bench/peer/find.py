@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Sequence
 
 import moedist.bench.peer
-from moedist.bench.ours import twins
+from moedist.bench.ours import fused, twins
 from moedist.bench.peer.contract import Peer
 from moedist.config import require
 
@@ -26,7 +26,7 @@ def choose_peers(names: Sequence[str] | None) -> list[Peer]:
     Raises:
         ConfigError: nobody has a name.
     """
-    everybody: list[Peer] = [*twins(), *find_peers()]
+    everybody: list[Peer] = [*fused(), *twins(), *find_peers()]
     if names is None:
         return everybody
     known = ", ".join(peer.name for peer in everybody)

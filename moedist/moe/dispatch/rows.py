@@ -17,12 +17,16 @@ from torch.nn import functional as F
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
 from moedist.moe.host import on_host
+from moedist.moe.kernels.device import why_not
+from moedist.moe.kernels.pairs import sum_rows
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` along dim 0, zero where the index is -1; any index shape, ``x`` may have no rows."""
     if x.shape[0] == 0:
         return x.new_zeros(*index.shape, *x.shape[1:])
+    if index.dim() == 1 and sums_in_kernel(x):
+        return sum_rows(x, index[:, None])
     taken = x.index_select(0, index.clamp_min(0).view(-1))
     absent = (index < 0).view(-1)
     if on_host(x):  # mostly all are there
@@ -30,6 +34,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     else:
         taken.masked_fill_(absent.view(-1, *(1,) * (x.dim() - 1)), 0)
     return taken.view(*index.shape, *x.shape[1:])
+
+
+def sums_in_kernel(x: Tensor) -> bool:
+    """Whether rows of ``x`` are copied and summed by a kernel."""
+    return x.dim() == 2 and x.is_floating_point() and why_not(x.device, "pairs") is None
 
 
 def pair_of_row(row_N: Tensor, num_rows: int) -> Tensor:
@@ -48,6 +57,8 @@ def sum_pairs(
         return take(y_RD, row_N)
     if pairs_per_token is not None:
         row_TK = row_N.view(num_tokens, pairs_per_token)
+        if y_RD.shape[0] and sums_in_kernel(y_RD):
+            return sum_rows(y_RD, row_TK)
         if y_RD.dim() == 2 and on_host(y_RD) and y_RD.dtype in (torch.float32, torch.float64):
             return sum_bags(y_RD, row_TK)
         if row_N.shape[0] > 2 * y_RD.shape[0]:  # mostly empty: all columns at once would take more room than the rows

@@ -34,13 +34,13 @@ class AutoExperts(GroupedExperts):
 
     def forward(self, rows: Rows) -> Tensor:
         """[R, D]: ``gate * expert(x)``."""
-        if rows.x_RD.shape[0] == 0 or not self.expert_ids or why_not(rows.x_RD.device) is not None:
+        if rows.x_RD.shape[0] == 0 or not self.expert_ids or why_not(rows.x_RD.device, "ffn") is not None:
             return super().forward(rows)
         return run_fused(self, rows)
 
     def note(self, device: torch.device, dtype: torch.dtype, uniform: bool) -> str:
         """What runs, and why nothing faster."""
-        reason = why_not(device)
+        reason = why_not(device, "ffn")
         if reason is None:
             return f"moe/experts=auto runs as fused; {FIRST_COST}"
         if uniform or qualifies(dtype, self.dim, self.hidden_dim):

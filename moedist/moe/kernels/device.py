@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from typing import Literal
 
 import torch
 
+Part = Literal["ffn", "pairs"]
+"""Kernels that are asked for together: products of experts, or all that happens to pairs around them."""
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def why_not(device: torch.device) -> str | None:
+
+def why_not(device: torch.device, part: Part) -> str | None:
     """Why Triton's kernels cannot compute on ``device``, to be read behind a colon; None where they can.
 
-    A GPU is asked once per process, by a small product that is held against the right one: that finds a missing
-    compiler or driver, and a GPU that Triton does not know. With ``TRITON_INTERPRET=1`` they run on a CPU, line by
-    line, for tests.
+    A GPU is asked once per process, by small cases that are held against the right ones: that finds a missing compiler
+    or driver, and a GPU that Triton does not know. With ``TRITON_INTERPRET=1`` they run on a CPU, line by line, for
+    tests.
     """
-    return _why_not(device)
+    return _why_not(device, part)
+
+
+# To a compiled graph the answer is a constant: what `torch.compiler.assume_constant_result` says, which would load the
+# compiler at the start of every program.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache
-def _why_not(device: torch.device) -> str | None:
+def _why_not(device: torch.device, part: Part) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
         return f"Triton's {'interpreter needs a CPU' if interpreted else 'kernels need a GPU'}, not {device.type}"
@@ -31,9 +40,16 @@ def _why_not(device: torch.device) -> str | None:
         return None
     name = torch.cuda.get_device_name(device)
     try:
-        from moedist.moe.kernels.products import probe
-
-        return None if probe(device) else f"Triton's product on {name} is wrong"
+        is_right = importlib.import_module(f"moedist.moe.kernels.{part}_kernels").probe(device)
     except Exception as error:  # whatever compilers and drivers come up with
         first_line = str(error).strip().partition("\n")[0]
         return f"Triton cannot run on {name} ({type(error).__name__}: {first_line})"
+    return None if is_right else f"a kernel of Triton's computes wrongly on {name}"
+
+
+def pairs_note(device: torch.device) -> str | None:
+    """What a run should say of what happens to pairs around the experts, as a sentence; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    reason = why_not(device, "pairs")
+    return f"pairs are chosen, placed, copied and summed by {'kernels' if reason is None else f'torch: {reason}'}"

@@ -1,4 +1,4 @@
-"""All feed-forward experts of a rank as one differentiable function, computed by `moedist.moe.kernels.products`.
+"""All feed-forward experts of a rank as one differentiable function, computed by `moedist.moe.kernels.ffn_kernels`.
 
 Its twin, function and gradients, is `moedist.moe.ffn.run_one_by_one`. Saved for backward are the rows, their weights
 and the products in front of the activation, 4 * R * F bytes of them in bf16 with SwiGLU; the hidden vectors are
@@ -43,7 +43,7 @@ def ffn_forward(
     Returns:
         [R, D]; and [P, R, F], the P = 1 or 2 products in front of the activation, P = 0 where nothing is kept.
     """
-    from moedist.moe.kernels.products import forward
+    from moedist.moe.kernels.ffn_kernels import forward
 
     return forward(x, gate_R, ends_e, up, gate, down, up_bias, gate_bias, activation, keep)
 
@@ -81,7 +81,7 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the rows, ``gate_R``, ``up``, ``gate``, ``down``, ``up_bias`` and ``gate_bias``; an empty tensor for
     what is not there."""
-    from moedist.moe.kernels.products import backward
+    from moedist.moe.kernels.ffn_kernels import backward
 
     return backward(grad_y_RD, x, gate_R, ends_e, up, gate, down, products, activation, biased)
 

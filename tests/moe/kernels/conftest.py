@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,9 +13,16 @@ from tests.ranks import Here, RankPool
 
 
 def interpreted(here: Here) -> bool:
-    from moedist.moe.kernels.products import INTERPRETED
+    from moedist.moe.kernels.ffn_kernels import INTERPRETED
 
     return INTERPRETED
+
+
+def by_twins() -> Any:
+    """While it lasts, everything is computed in plain torch."""
+    from moedist.moe.kernels import device
+
+    return mock.patch.object(device, "_why_not", lambda *_: "twins are asked for")
 
 
 @pytest.fixture(scope="session")

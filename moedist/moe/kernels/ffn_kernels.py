@@ -7,7 +7,6 @@ are taken in fp32 (fp64 of fp64), in one order, and every output element is writ
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+
+from moedist.moe.kernels.launch import on
 
 INTERPRETED = knobs.runtime.interpret
 """Whether kernels run on the host, line by line (``TRITON_INTERPRET=1``): for tests."""
@@ -452,8 +453,3 @@ def by_rows(num_rows: int, num_experts: int, width: int) -> Any:
 def by_weight(num_experts: int, height: int, width: int) -> Any:
     """One program per tile of a stack of matrices."""
     return lambda meta: (num_experts * triton.cdiv(height, meta["BLOCK_M"]) * triton.cdiv(width, meta["BLOCK_N"]),)
-
-
-def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches on the device of ``x``, whichever is the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,116 @@
+"""What happens to pairs around the experts, as operators of torch's own: tokens choose, pairs find their places, rows
+are copied and summed. `moedist.moe.kernels.pairs_kernels` computes them, where `moedist.moe.kernels.device` lets it.
+
+The twins in torch stand where the operators are called: `moedist.moe.token_choice`, `moedist.moe.plan`,
+`moedist.moe.dispatch.rows`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MOST_EXPERTS = 1024
+"""That a program holds at once; more of them, or of buckets, go the way of the twins."""
+MOST_CHOICES = 32
+"""That a program unrolls."""
+
+
+@torch.library.custom_op("moedist::sum_rows", mutates_args=())
+def sum_rows(x: Tensor, index_MK: Tensor) -> Tensor:
+    """[M, D]: the sum of rows ``index_MK`` of ``x`` [R, D], taken in fp32 or wider from the first to the last; an index
+    of -1 adds nothing. With K = 1 a copy. Not differentiable."""
+    from moedist.moe.kernels import pairs_kernels
+
+    return pairs_kernels.sum_rows(x, index_MK)
+
+
+@sum_rows.register_fake
+def _(x: Tensor, index_MK: Tensor) -> Tensor:
+    return x.new_empty(index_MK.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("moedist::places", mutates_args=())
+def places(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> Tensor:
+    """`moedist.moe.plan.place_in_bucket`, by counting instead of sorting."""
+    from moedist.moe.kernels import pairs_kernels
+
+    return pairs_kernels.places(bucket_N, num_buckets, order_N)
+
+
+@places.register_fake
+def _(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> Tensor:
+    return torch.empty_like(bucket_N)
+
+
+@torch.library.custom_op("moedist::choose", mutates_args=())
+def choose(logits_TE: Tensor, top_k: int, score: str, renormalize: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [T, E], the experts of the ``top_k`` highest logits [T, K] and their gates [T, K], in one pass.
+
+    Args:
+        logits_TE: contiguous, fp32 or fp64.
+        top_k, score, renormalize: as `moedist.moe.token_choice.TokenChoiceConfig`; ``softmax`` or ``sigmoid``.
+        eps: smallest sum that gates are divided by.
+    """
+    from moedist.moe.kernels import pairs_kernels
+
+    return pairs_kernels.choose(logits_TE, top_k, score, renormalize, eps)
+
+
+@choose.register_fake
+def _(logits_TE: Tensor, top_k: int, score: str, renormalize: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (logits_TE.shape[0], top_k)
+    return torch.empty_like(logits_TE), logits_TE.new_empty(shape, dtype=torch.int64), logits_TE.new_empty(shape)
+
+
+@torch.library.custom_op("moedist::choose_gradient", mutates_args=())
+def choose_gradient(
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    grad_score_TE: Tensor,
+    grad_gate_TK: Tensor,
+    score: str,
+    renormalize: bool,
+    eps: float,
+) -> Tensor:
+    """[T, E]: the gradient of `choose`'s logits."""
+    from moedist.moe.kernels import pairs_kernels
+
+    return pairs_kernels.choose_gradient(score_TE, expert_TK, grad_score_TE, grad_gate_TK, score, renormalize, eps)
+
+
+@choose_gradient.register_fake
+def _(
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    grad_score_TE: Tensor,
+    grad_gate_TK: Tensor,
+    score: str,
+    renormalize: bool,
+    eps: float,
+) -> Tensor:
+    return torch.empty_like(score_TE)
+
+
+class Choose(torch.autograd.Function):
+    """`choose` with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, top_k: int, score: str, renormalize: bool, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        score_TE, expert_TK, gate_TK = choose(logits_TE.contiguous(), top_k, score, renormalize, eps)
+        ctx.save_for_backward(score_TE, expert_TK)
+        ctx.rules = (score, renormalize, eps)
+        ctx.mark_non_differentiable(expert_TK)
+        return score_TE, expert_TK, gate_TK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_score_TE: Tensor, _: Any, grad_gate_TK: Tensor) -> tuple[Tensor | None, ...]:
+        score_TE, expert_TK = ctx.saved_tensors
+        grads = grad_score_TE.contiguous(), grad_gate_TK.contiguous()
+        return choose_gradient(score_TE, expert_TK, *grads, *ctx.rules), None, None, None, None
