@@ -43,7 +43,8 @@ class AutoExperts(GroupedExperts):
         reason = why_not(device, "ffn")
         if reason is None:
             return f"moe/experts=auto runs as fused; {FIRST_COST}"
-        if uniform or qualifies(dtype, self.dim, self.hidden_dim):
+        on_host = device.type == "cpu" and self.suits_host(dtype)
+        if uniform or on_host or qualifies(dtype, self.dim, self.hidden_dim):
             return f"moe/experts=auto runs as grouped: {reason}"
         return (
             f"moe/experts=auto runs as loop: {reason}, and grouped products need fp32 or bf16 in widths of whole 16 "

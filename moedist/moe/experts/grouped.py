@@ -95,6 +95,11 @@ class GroupedExperts(StackedFFN):
 
     def fit_host(self, rows: Rows) -> bool:
         """Whether `moedist.moe.host_experts` computes them: the default expert, on a CPU, in one dtype throughout."""
-        plain = self.config.activation == "swiglu" and not self.config.bias and bool(self.expert_ids)
-        dtypes = {rows.x_RD.dtype, rows.gate_R.dtype, self.up.dtype}
-        return plain and on_host(rows.x_RD) and dtypes in ({torch.float32}, {torch.float64})
+        dtype = rows.x_RD.dtype
+        alike = rows.gate_R.dtype == self.up.dtype == dtype
+        return bool(self.expert_ids) and alike and self.suits_host(dtype) and on_host(rows.x_RD)
+
+    def suits_host(self, dtype: torch.dtype) -> bool:
+        """Whether these are experts, and numbers, that `moedist.moe.host_experts` knows."""
+        plain = self.config.activation == "swiglu" and not self.config.bias
+        return plain and dtype in (torch.float32, torch.float64)

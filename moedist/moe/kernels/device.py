@@ -18,8 +18,8 @@ def why_not(device: torch.device, part: Part) -> str | None:
     """Why Triton's kernels cannot compute on ``device``, to be read behind a colon; None where they can.
 
     A GPU is asked once per process, by small cases that are held against the right ones: that finds a missing compiler
-    or driver, and a GPU that Triton does not know. With ``TRITON_INTERPRET=1`` they run on a CPU, line by line, for
-    tests.
+    or driver, and a GPU that Triton does not know. ``MOEDIST_TRITON=0`` asks for the twins in torch. With
+    ``TRITON_INTERPRET=1`` kernels run on a CPU, line by line, for tests.
     """
     return _why_not(device, part)
 
@@ -34,6 +34,8 @@ def _why_not(device: torch.device, part: Part) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
         return f"Triton's {'interpreter needs a CPU' if interpreted else 'kernels need a GPU'}, not {device.type}"
+    if os.environ.get("MOEDIST_TRITON") == "0":
+        return "MOEDIST_TRITON is 0"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if interpreted:

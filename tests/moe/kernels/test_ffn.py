@@ -196,6 +196,9 @@ def test_what_runs_is_said_once():
     assert said(FusedConfig(), AllToAllConfig()) == [f"moe/experts=fused runs as loop: {reason}"]
     assert said(AutoConfig(hidden_dim=20), PaddedConfig()) == [f"moe/experts=auto runs as grouped: {reason}"]
     assert said(AutoConfig(hidden_dim=20), AllToAllConfig()) == [f"moe/experts=auto runs as grouped: {reason}"]
+    assert said(AutoConfig(hidden_dim=20), AllToAllConfig(), torch.float64) == [
+        f"moe/experts=auto runs as grouped: {reason}"
+    ]
     (line,) = said(AutoConfig(hidden_dim=20), AllToAllConfig(), torch.bfloat16)
     assert line.startswith(f"moe/experts=auto runs as loop: {reason}, and grouped products need")
     assert line.endswith("not bfloat16 in 16 and 20")

@@ -120,10 +120,14 @@ def test_a_probe_sees_a_wrong_kernel(interpreter):
     assert interpreter(1).run(probes) == [[True, True, False]]
 
 
-def test_a_gpu_without_triton_or_a_compiler_says_so():
+def test_a_gpu_without_triton_or_a_compiler_says_so(monkeypatch):
     gpu = torch.device("cuda", 0)
     device._why_not.cache_clear()
     with mock.patch.object(torch.cuda, "get_device_name", lambda _: "a GPU"):
+        monkeypatch.setenv("MOEDIST_TRITON", "0")
+        assert device.why_not(gpu, "pairs") == "MOEDIST_TRITON is 0"
+        monkeypatch.delenv("MOEDIST_TRITON")
+        device._why_not.cache_clear()
         with mock.patch("importlib.util.find_spec", lambda _: None):
             assert device.why_not(gpu, "pairs") == "Triton is not installed"
         device._why_not.cache_clear()
