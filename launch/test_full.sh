@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # Each program, and Debian's package that has it.
 PROGRAMS=(
     g++:g++ git:git ip:iproute2 tc:iproute2 slurmctld:slurm-wlm sbatch:slurm-wlm munged:munge buildah:buildah
-    debootstrap:debootstrap chromium:chromium zsh:zsh
+    debootstrap:debootstrap podman:podman runc:runc chromium:chromium zsh:zsh
 )
 
 install_programs() {

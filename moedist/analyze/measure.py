@@ -46,19 +46,21 @@ class Routers:
     ):
         self.model, self.sources, self.config, self.mesh, self.beat = model, sources, config, mesh, beat
 
-    def count(self, step: int) -> tuple[dict[str, CorpusCounts], dict[str, Choices]]:
+    def count(self, step: int, keep: bool = True) -> tuple[dict[str, CorpusCounts], dict[str, Choices]]:
         """The counts of each corpus, over all ranks, and this rank's choices, to compare others with.
 
         Args:
             step: that the model has been trained for.
+            keep: whether choices are wanted: they grow with the corpus, counts do not.
         """
         counts = {name: self._empty(source) for name, source in self.sources.items()}
         choices: dict[str, Choices] = {name: [] for name in self.sources}
         for name, source in self.sources.items():
             for trace in self._walk(source, step):
                 counts[name].add(trace)
-                blocks = {block: layer.expert_TK.to(torch.int16) for block, layer in trace.layers.items()}
-                choices[name].append(blocks)
+                if keep:
+                    blocks = {block: layer.expert_TK.to(torch.int16) for block, layer in trace.layers.items()}
+                    choices[name].append(blocks)
             counts[name].sum_over(self.mesh.dp, self.mesh.device)
         return counts, choices
 

@@ -17,6 +17,9 @@ function corpus() { return DATA.corpora[chosen.corpus]; }
 function layer() { return corpus().layers[chosen.layer]; }
 function sizes() { return DATA.layers[chosen.layer]; }
 function blocks() { return Object.keys(DATA.layers); }
+function each(of) {  // of all MoE layers, which need not be alike
+  return [...new Set(blocks().map((block) => of(DATA.layers[block])))].join(" or ");
+}
 function experts(number) { return Array.from({ length: number }, (_, place) => String(place)); }
 function card(title, note, body, wide = false) {
   return make("section", { class: wide ? "card wide" : "card" }, make("h3", {}, title), make("p", {}, note), body);
@@ -120,7 +123,7 @@ function saturation() {
     y: all.map((step) => step === DATA.step ? 1 : DATA.saturation[step][block]),
     hovertemplate: `step %{x}<br>layer ${block}: %{y:.1%}<extra></extra>`,
   }));
-  return card("Router saturation", `Share of a token's experts that the checkpoint of another step chooses too, mean over tokens; step ${DATA.step} agrees with itself. ${percent(sizes().top_k / sizes().experts)} is chance.`,
+  return card("Router saturation", `Share of a token's experts that the checkpoint of another step chooses too, mean over tokens; step ${DATA.step} agrees with itself. ${each((size) => percent(size.top_k / size.experts))} is chance.`,
     plot(lines, {
       showlegend: true, legend: { orientation: "h", y: 1.14, x: 0 }, xaxis: { ...AXIS, type: "linear", title: { text: "step" }, tickvals: all },
       yaxis: { ...AXIS, type: "linear", tickformat: ".0%", range: [0, 1.03] },
@@ -175,7 +178,7 @@ function tiles() {
   const mean = (of) => blocks().reduce((sum, block) => sum + of(corpus().layers[block]), 0) / blocks().length;
   const facts = [
     [corpus().tokens.toLocaleString("en-US"), "tokens"],
-    [`${blocks().length} × ${sizes().experts}, top ${sizes().top_k}`, "MoE layers × experts"],
+    [`${blocks().length} × ${each((size) => size.experts)}, top ${each((size) => size.top_k)}`, "MoE layers × experts"],
     [percent(mean((found) => found.token_information / Math.max(found.expert_entropy, 1e-9))), "of the choice of experts is decided by the token, mean over layers"],
     [percent(mean((found) => found.class_information / Math.max(found.expert_entropy, 1e-9))), "by the token's class"],
   ];

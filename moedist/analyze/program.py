@@ -60,7 +60,7 @@ def analyze_rank(config: RunConfig, run_dir: Path, mesh: Mesh, request: Request,
             check_same_data(meta, own, config)
         step = meta["step"]
         routers = Routers(model, sources, config, mesh, beat=lambda: watchdog.enter("eval", step))
-        counts, choices = routers.count(step)
+        counts, choices = routers.count(step, keep=bool(request.others))
         shared = {}
         for path in request.others:
             watchdog.enter("load", step, slow_s)

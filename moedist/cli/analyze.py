@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> argparse.Argument
 
 def main(args: argparse.Namespace) -> int:
     """Analyzes; returns the exit code."""
-    from moedist.launch.analysis import plan_analysis, validate_corpora
+    from moedist.launch.analysis import plan_analysis, validate_analysis
     from moedist.launch.folder import choose_folder, claim_folder
     from moedist.launch.node_groups import follow_nodes
     from moedist.launch.start import run_ranks
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     ranks, composed = analysis.ranks, follow_nodes(analysis.composed, analysis.ranks.nproc)
     config, mapping = composed.config, composed.mapping
     validate_evaluation(config, mapping, ranks.world_size)
-    validate_corpora(analysis)
+    validate_analysis(analysis)
     if args.dry_run:
         facts = {
             "checkpoint": str(analysis.checkpoint),

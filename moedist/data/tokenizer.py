@@ -109,8 +109,9 @@ class FileTokenizer:
                 yield np.array([*encoding.ids, self.end_id] if encoding.ids else [], dtype)
 
     def text_of(self, token: int) -> str:
-        """As the file's own decoder says it."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        """As the file's own decoder says it after another token: many take a space off the first one of a text."""
+        once, twice = (str(self._tokenizer.decode(count * [token], skip_special_tokens=False)) for count in (1, 2))
+        return twice[len(once) :]
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

@@ -104,14 +104,18 @@ def decode_corpora(mapping: Mapping[str, Any], corpora: Mapping[str, Mapping[str
     return {name: decode_saved({**mapping, "data": data}).data for name, data in corpora.items()}
 
 
-def validate_corpora(analysis: Analysis) -> None:
-    """Opens the texts, so that what is wrong with them is seen before a rank starts.
+def validate_analysis(analysis: Analysis) -> None:
+    """Looks whether there are routers, and opens the texts, so that what is wrong is seen before a rank starts.
 
     Raises:
         ConfigErrors: of all of them.
     """
-    errors = []
-    vocab_size = open_data(analysis.composed.config.data).vocab_size
+    errors, config = [], analysis.composed.config
+    vocab_size = open_data(config.data).vocab_size
+    if not config.model.build(vocab_size, config.moe, device="meta").moe_blocks:
+        problem = "is of a model without MoE layers, in which nothing is routed"
+        remedy = "Name a checkpoint of another one; moedist eval measures any."
+        errors.append(ConfigError("CHECKPOINT", str(analysis.checkpoint), problem, remedy))
     for name, data in decode_corpora(analysis.composed.mapping, analysis.corpora).items():
         try:
             source = open_data(data)

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from moedist.analyze.result import corpus_result, domains, favourite_tokens, sat
 from moedist.analyze.vocabulary import CLASSES, Vocabulary, read_vocabulary
 from moedist.data.corpus import MemorySource, concatenate, encode_bytes
 from moedist.data.synthetic import SyntheticConfig
+from moedist.data.text import TextConfig
 from moedist.mesh import Mesh
 from moedist.moe.trace import LayerTrace, StepTrace
 from moedist.train.build import build_model
@@ -93,6 +95,20 @@ def test_classes_of_bytes():
     assert vocabulary.by_class(pair_VE)[CLASSES.index("lower case")].tolist() == [3, 3]
 
 
+def test_words_of_a_tokenizer_keep_their_space(tmp_path: Path):
+    """Its decoder takes it off the first word of a text, and here every word is looked up alone."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"\u2581the": 0, "\u2581cat": 1, "s": 2, "\u2581": 3, "<unk>": 4, "<end>": 5}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    config = TextConfig(files=("none",), tokenizer=str(tmp_path / "tokenizer.json"), eod_id=5)
+    source = MemorySource(6, "", False, "", *(concatenate([np.zeros(1, np.int64)]),) * 2)
+    vocabulary = read_vocabulary(config, source)
+    assert vocabulary.texts == [" the", " cat", "s", " ", "<unk>", "<end>"]
+    assert [CLASSES[place] for place in vocabulary.class_V] == [*3 * ["lower case"], "space", "brackets", CLASSES[9]]
+
+
 def analyzed(here: Here | None, config: RunConfig, ep: int) -> tuple[dict, list[int]]:
     """The result of a fresh model, and what it shares with one whose routers are of another seed."""
     mesh = Mesh.alone() if here is None else here.mesh_of(ep)
@@ -101,6 +117,8 @@ def analyzed(here: Here | None, config: RunConfig, ep: int) -> tuple[dict, list[
     routers = Routers(model, {"text": source}, config, mesh)
     counts, choices = routers.count(step=0)
     same = routers.count_shared(0, choices)
+    if here is None:
+        assert routers.count(step=0, keep=False)[1] == {"text": []}
     sizes = layer_sizes(model)
     assert sizes == {1: (8, 2), 2: (8, 2)}
     assert same == dict.fromkeys(sizes, 2 * counts["text"].num_tokens), "a model agrees with itself"

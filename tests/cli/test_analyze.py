@@ -74,3 +74,7 @@ def test_what_cannot_be_analyzed(run: Path, tmp_path: Path, capsys: Output):
     other = saved_run(tmp_path / "numbers", "data=synthetic", "data.num_tokens=5000")
     assert main(["analyze", str(other), "--corpus", "code=text"]) == 2
     assert "data=synthetic does not say how its text became tokens" in capsys.readouterr().err
+    dense = ["model/ffn=dense", "model/layers=listed", "model.layers.blocks=[{}]"]
+    other = saved_run(tmp_path / "dense", "data=synthetic", "data.num_tokens=5000", *dense)
+    assert main(["analyze", str(other)]) == 2
+    assert "is of a model without MoE layers, in which nothing is routed" in capsys.readouterr().err

@@ -9,6 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 BUILD_S = 1800.0
+PODMAN_COMPOSE = str(Path(sys.executable).with_name("podman-compose"))
+STEPS = 40
+SHORT = [f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=null", "train.micro_batch=2"]
+"""What is added to the commands of compose.yaml, so that a test sees the end."""
 TORCH = "2.12.0a0+of.the.base"
 """What a base that brings its own torch says."""
 
@@ -62,8 +69,9 @@ class Builder:
     """buildah with a storage of its own."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self._options = ["--root", str(folder / "storage"), "--runroot", str(folder / "run"), "--storage-driver", "vfs"]
+        self.folder, self.driver = folder, storage_driver(folder)
+        self._options = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
+        self._options += ["--storage-driver", self.driver]
 
     def __call__(self, command: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         ended = subprocess.run(self.line(command, *arguments), capture_output=True, text=True, timeout=BUILD_S)
@@ -87,6 +95,19 @@ class Builder:
         for path, place in added:
             self("add", container, str(path), place)
         self("commit", "--rm", container, tag)
+
+
+def storage_driver(folder: Path) -> str:
+    """``overlay`` where the file system takes it; else ``vfs``, which copies all of an image for each container."""
+    parts = [folder / "trial" / name for name in ("lower", "upper", "work", "merged")]
+    for part in parts:
+        part.mkdir(parents=True)
+    options = ",".join(f"{name}dir={part}" for name, part in zip(("lower", "upper", "work"), parts, strict=False))
+    mounted = subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, parts[-1]], capture_output=True)
+    if mounted.returncode == 0:
+        subprocess.run(["umount", parts[-1]], check=True)
+    shutil.rmtree(folder / "trial")
+    return "overlay" if mounted.returncode == 0 else "vfs"
 
 
 def share_pip_settings(path: Path) -> set[Path]:
@@ -125,9 +146,14 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 
 
 @pytest.fixture(scope="module")
-def container(builder: Builder) -> str:
+def image(builder: Builder) -> str:
     builder.build("moedist:cpu", "localhost/debian")
-    return builder("from", "moedist:cpu").stdout.strip()
+    return "moedist:cpu"
+
+
+@pytest.fixture(scope="module")
+def container(builder: Builder, image: str) -> str:
+    return builder("from", image).stdout.strip()
 
 
 @pytest.mark.slow
@@ -169,3 +195,98 @@ def test_a_base_keeps_its_own_torch(builder: Builder, tmp_path: Path):
     said = builder("run", container, "--", "/opt/moedist/bin/python", "-c", ask).stdout.split()
     (numpy,) = re.findall(r"^numpy==(.*)$", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
     assert said == [TORCH, f"{place}/torch/__init__.py", numpy]
+
+
+ENGINE = """
+[containers]
+default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
+log_driver = "k8s-file"
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "runc"
+tmp_dir = "{folder}/engine"
+volume_path = "{folder}/volumes"
+[network]
+network_backend = "netavark"
+network_config_dir = "{folder}/networks"
+"""
+"""Settings of podman that ask for no systemd and for no limit above this process's own."""
+
+
+class Engine:
+    """podman with the storage of a `Builder`, under compose.yaml and further files.
+
+    Args:
+        builder: has the images.
+        project: prefix of containers, volumes and networks.
+        files: after compose.yaml.
+    """
+
+    def __init__(self, builder: Builder, project: str, *files: Path):
+        folder = builder.folder
+        (folder / "containers.conf").write_text(ENGINE.format(folder=folder))
+        storage = f'[storage]\ndriver = "{builder.driver}"\ngraphroot = "{folder}/storage"\nrunroot = "{folder}/run"\n'
+        (folder / "storage.conf").write_text(storage)
+        self.environment = {
+            **os.environ,
+            "CONTAINERS_CONF": str(folder / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        }
+        self.project = project
+        self._words = [PODMAN_COMPOSE, "--project-name", project]
+        self._words += [word for file in (ROOT / "docker" / "compose.yaml", *files) for word in ("--file", str(file))]
+
+    def compose(self, *words: str) -> str:
+        """What ``compose <words>`` says, whatever becomes of its containers."""
+        return self._run([*self._words, *words])
+
+    def podman(self, *words: str) -> str:
+        return self._run(["podman", *words])
+
+    def exit_codes(self) -> list[int]:
+        names = self.podman("ps", "--all", "--quiet", "--filter", f"name={self.project}_").split()
+        return [int(code) for code in self.podman("inspect", "--format", "{{.State.ExitCode}}", *names).split()]
+
+    def _run(self, command: list[str]) -> str:
+        ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=BUILD_S)
+        assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
+        return ended.stdout
+
+
+@pytest.fixture
+def engine(builder: Builder, image: str, tmp_path: Path) -> Iterator[Engine]:
+    """With compose.yaml's two nodes, whose runs are short."""
+    missing = [program for program in ("podman", "runc", PODMAN_COMPOSE) if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)} (apt-get install podman runc; pip install podman-compose)")
+    nodes = {name: service for name, service in COMPOSE["services"].items() if "profiles" not in service}
+    assert {service["image"] for service in nodes.values()} == {image}
+    services = {name: {"command": [*service["command"], *SHORT]} for name, service in nodes.items()}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump({"services": services}))
+    engine = Engine(builder, f"moedist-{uuid.uuid4().hex[:6]}", tmp_path / "short.yaml")
+    yield engine
+    engine.compose("down", "--volumes", "--timeout", "1")
+
+
+@pytest.mark.slow
+def test_two_containers_are_two_nodes(engine: Engine):
+    """compose.yaml itself: its network, its volume, its commands. Stopped as an engine stops containers, both nodes
+    save; started again, they go on to the end."""
+    engine.compose("up", "--detach")
+    run = Path(engine.podman("volume", "inspect", "--format", "{{.Mountpoint}}", f"{engine.project}_runs").strip())
+    run /= "two_nodes"
+    deadline = time.monotonic() + BUILD_S
+    while not (run / "metrics.jsonl").exists() or "train/step" not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline, engine.compose("logs")
+        time.sleep(0.1)
+    engine.compose("stop")
+    assert engine.exit_codes() == [75, 75], engine.compose("logs")
+    (saved,) = (run / "checkpoints").glob("step_*")
+    said = engine.compose("up")
+    assert engine.exit_codes() == [0, 0], said
+    assert sorted(path.name for path in (run / "logs").glob("rank_*")) == [f"rank_{rank}.log" for rank in range(4)]
+    steps = [json.loads(line)["train/step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1)) and 0 < int(saved.name.removeprefix("step_")) < STEPS
+    assert json.loads((run / "status.json").read_text())["reason"] == "done"
+    assert run.stat().st_uid == 10001
