@@ -18,6 +18,7 @@ from moedist.mesh.meter import ExchangeMeter, measuring
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.budget import BudgetConfig
 from moedist.moe.dispatch.contract import DispatchConfig
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
@@ -46,8 +47,9 @@ def measure_exchanges(
 def measure_dispatchers(trial: Trial, rounds: int) -> dict[str, Any]:
     """All dispatchers in turns with a bare exchange of as many bytes as the pairs of a rank have."""
     shape, mesh = trial.shape, trial.mesh
-    configs: list[DispatchConfig] = [AllToAllConfig(), PaddedConfig(), HierarchicalConfig()]
+    configs: list[DispatchConfig] = [AllToAllConfig(), BudgetConfig(), PaddedConfig(), HierarchicalConfig()]
     plan = planned(trial)
+    placement = Placement.in_order(shape.num_experts, mesh.ep.size)
     work: dict[str, Callable[[], None]] = {BARE: bare_exchange(trial)}
     work |= {config.kind: round_trip(config, trial, plan) for config in configs}
     seconds = take_turns(work, rounds, mesh)
@@ -66,6 +68,7 @@ def measure_dispatchers(trial: Trial, rounds: int) -> dict[str, Any]:
                 "ratio_spread": against.spread,
                 "exchange_ms": 1e3 * meter.seconds,
                 "sent_mb": meter.bytes_sent / 1e6,
+                "spilled_pairs": int(config.spilled(plan, placement)),
                 "quotable": against.quotable,
             }
         )
@@ -90,7 +93,7 @@ def planned(trial: Trial) -> CapacityPlan:
     site = RouterSite(shape.dim, shape.num_experts, device=device, dtype=shape.dtype)
     router = PulledTopKRouter(TopKConfig(top_k=shape.top_k), site, trial.offset_TE)
     router.init_weights(named_draw(0))
-    ctx = TokenContext.of_rows(1, shape.tokens, device=device)
+    ctx = TokenContext.of_rows(1, shape.tokens, device=device, may_spill=True)
     with torch.no_grad():
         return plan_capacity(router(trial.x_TD, ctx), ctx, CapacityConfig(factor=trial.factor))
 

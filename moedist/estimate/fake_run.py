@@ -31,6 +31,7 @@ from moedist.moe.report import StepCounts, pack_reports
 from moedist.parallel.fully_shard import units_of
 from moedist.train.build import autocast, build_engine, build_model
 from moedist.train.config import RunConfig
+from moedist.train.spill import may_spill
 
 NORM = 2.0
 """What the host reads for every wide number: a gradient norm that makes the engine clip."""
@@ -166,7 +167,11 @@ def run_step(config: RunConfig, model: LanguageModel, engine: Engine, mesh: Mesh
     batches = [_batch(config) for _ in range(num_micro_steps)]
     num_tokens = sum(batch.token_BS.numel() for batch in batches) * mesh.dp.size
     context = StepContext(
-        seed=config.seed, step=torch.zeros((), dtype=torch.int64), num_tokens=torch.tensor(num_tokens), training=True
+        seed=config.seed,
+        step=torch.zeros((), dtype=torch.int64),
+        num_tokens=torch.tensor(num_tokens),
+        training=True,
+        may_spill=may_spill(model),
     )
     counts = StepCounts()
     for place, batch in enumerate(batches, start=1):

@@ -152,21 +152,11 @@ def layer_traffic(
     num_nodes = nodes_per_ep_group(layout.ep, ranks_per_node) or layout.ep
     even = even_spread(moe.num_experts, top_k, layout.ep, num_nodes)
     spread = spread or even
-    rows = even_rows(moe, layout)
-    if not travels_whole(moe):
+    batch = batch_of(moe, dim, layout, num_nodes)
+    rows = even_rows(moe, batch)
+    if room_of(moe, batch) is None:
         sent = min(rows.sent, round(layout.tokens * spread.pairs_per_token))
         rows = Rows(sent, math.ceil(sent * spread.heaviest))
-    batch = Batch(
-        tokens=layout.tokens,
-        dim=dim,
-        num_experts=moe.num_experts,
-        experts_per_token=top_k,
-        capacity=capacity_of(moe, layout),
-        ep=layout.ep,
-        nodes=num_nodes,
-        element_bytes=layout.compute_size,
-        gate_bytes=max(layout.compute_size, 4),
-    )
     per_pair = _scaled(AllToAllConfig().traffic(batch), spread.pairs_per_token / top_k)
     per_rank = _scaled(HierarchicalConfig(once_per="rank").traffic(batch), spread.ranks / even.ranks)
     per_node = HierarchicalConfig(once_per="node").traffic(batch)
@@ -175,7 +165,7 @@ def layer_traffic(
     if isinstance(moe.dispatch, HierarchicalConfig):
         in_turn = moe.dispatch.once_per == "node"
         chosen = per_node if in_turn else per_rank
-    elif travels_whole(moe):
+    elif room_of(moe, batch) is not None:
         chosen = moe.dispatch.traffic(batch) or per_pair
     return LayerTraffic(rows, chosen, in_turn, per_pair, per_rank, per_node)
 
@@ -184,9 +174,24 @@ def _scaled(traffic: Traffic, factor: float) -> Traffic:
     return Traffic(traffic.inside * factor, traffic.across * factor)
 
 
-def travels_whole(moe: MoEConfig) -> bool:
-    """Whether every slot of every expert is a row, used or not."""
-    return moe.dispatch.static and moe.bank.kind != "local"
+def batch_of(moe: MoEConfig, dim: int, layout: Layout, num_nodes: int) -> Batch:
+    """What travels for one rank and micro-step, and how far."""
+    return Batch(
+        tokens=layout.tokens,
+        dim=dim,
+        num_experts=moe.num_experts,
+        experts_per_token=moe.router.experts_per_token(moe.num_experts),
+        capacity=capacity_of(moe, layout),
+        ep=layout.ep,
+        nodes=num_nodes,
+        element_bytes=layout.compute_size,
+        gate_bytes=max(layout.compute_size, 4),
+    )
+
+
+def room_of(moe: MoEConfig, batch: Batch) -> int | None:
+    """Rows that there are whether they are used or not; None where they follow the routing."""
+    return None if moe.bank.kind == "local" else moe.dispatch.room(batch)
 
 
 def capacity_of(moe: MoEConfig, layout: Layout) -> int | None:
@@ -199,16 +204,15 @@ def capacity_of(moe: MoEConfig, layout: Layout) -> int | None:
     return groups * limit.of_shape(layout.tokens // groups, top_k, moe.num_experts)
 
 
-def even_rows(moe: MoEConfig, layout: Layout) -> Rows:
+def even_rows(moe: MoEConfig, batch: Batch) -> Rows:
     """Rows that leave a rank and that arrive at one, under even routing.
 
-    Fixed slots travel whether they are used or not; else ``T * K`` pairs, or what experts take of them.
+    Room that is fixed travels whether it is used or not; else ``T * K`` pairs, or what experts take of them.
     """
-    tokens, capacity = layout.tokens, capacity_of(moe, layout)
-    slots = moe.num_experts * (tokens if capacity is None else capacity)
-    if travels_whole(moe):
-        return Rows(slots, slots)
-    rows = min(tokens * moe.router.experts_per_token(moe.num_experts), slots)
+    rows = room_of(moe, batch)
+    if rows is None:
+        slots = moe.num_experts * (batch.tokens if batch.capacity is None else batch.capacity)
+        rows = min(batch.tokens * batch.experts_per_token, slots)
     return Rows(rows, rows)
 
 

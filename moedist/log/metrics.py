@@ -77,6 +77,7 @@ def train_metrics(
     data_wait: float = 0.0,
     flops_per_token: float | None = None,
     peak_flops: float | None = None,
+    spilled_steps: int | None = None,
 ) -> dict[str, Value]:
     """The ``train/`` part of a record.
 
@@ -91,6 +92,8 @@ def train_metrics(
         data_wait: share of the time in steps since the last record that ranks waited for data, their mean.
         flops_per_token: 6 x active matmul parameters without the input embedding + attention, causal counted once.
         peak_flops: peak of all devices together, measured or given, FLOP/s; without it there is no ``train/mfu``.
+        spilled_steps: since the last record, that were run again for want of room on the way to experts; None where
+            that cannot be.
     """
     record: dict[str, Value] = {
         "train/step": step,
@@ -106,6 +109,8 @@ def train_metrics(
         record["train/tflops"] = flops_per_token * tokens_per_s / 1e12
         if peak_flops:
             record["train/mfu"] = flops_per_token * tokens_per_s / peak_flops
+    if spilled_steps is not None:
+        record["train/spilled_steps"] = spilled_steps
     return record
 
 

@@ -27,6 +27,7 @@ class StepContext:
         num_tokens: 0-dim int64: valid tokens of the step's whole global batch.
         training: whether training-only parts (noise, jitter) act.
         counts: what balance losses have counted in the step's other micro-steps.
+        may_spill: see `TokenContext.may_spill`; the promise holds for the reports of all layers.
     """
 
     seed: int
@@ -34,6 +35,7 @@ class StepContext:
     num_tokens: Tensor
     training: bool
     counts: StepCounts = dataclasses.field(default_factory=StepCounts)
+    may_spill: bool = False
 
 
 class ModelOutput(NamedTuple):

@@ -219,4 +219,5 @@ def _token_context(batch: TokenBatch, context: StepContext) -> TokenContext:
         step=context.step,
         training=context.training,
         counts=context.counts,
+        may_spill=context.may_spill,
     )

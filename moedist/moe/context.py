@@ -30,6 +30,8 @@ class TokenContext:
         step: 0-dim int64: optimizer steps taken before this one.
         training: whether training-only parts (noise, jitter) act.
         counts: what balance losses have counted in the step's other micro-steps.
+        may_spill: whether a dispatcher may leave rows behind that do not fit its budget. Who sets it promises to look
+            at `MoEReport.spilled` on all ranks, and to throw away all that came of the pass where it is not 0.
     """
 
     id_T: Tensor
@@ -43,6 +45,7 @@ class TokenContext:
     step: Tensor
     training: bool
     counts: StepCounts = dataclasses.field(default_factory=StepCounts)
+    may_spill: bool = False
 
     @classmethod
     def of_rows(
@@ -59,6 +62,7 @@ class TokenContext:
         step: int | Tensor = 0,
         training: bool = True,
         counts: StepCounts | None = None,
+        may_spill: bool = False,
     ) -> TokenContext:
         """The context of ``num_sequences`` rows of ``length`` positions; what is not given is a lone batch's own.
 
@@ -82,4 +86,5 @@ class TokenContext:
             step=torch.as_tensor(step, dtype=torch.int64, device=device),
             training=training,
             counts=StepCounts() if counts is None else counts,
+            may_spill=may_spill,
         )

@@ -141,7 +141,8 @@ class StackedFFN(Experts):
 def run_one_by_one(experts: StackedFFN, x_RD: Tensor, gate_R: Tensor, sizes: Sequence[int]) -> Tensor:
     """``gate * expert(x)`` with one set of matrix products per expert: obvious, any dtype, any size.
 
-    An expert without rows multiplies an empty matrix, which gives its weights a zero gradient.
+    An expert without rows multiplies an empty matrix, which gives its weights a zero gradient. Rows behind the last
+    expert's are zeros.
     """
     names = [name for name in StackedFFN.NAMES if experts.weight(name) is not None]
     dtype = x_RD.dtype
@@ -150,7 +151,9 @@ def run_one_by_one(experts: StackedFFN, x_RD: Tensor, gate_R: Tensor, sizes: Seq
         return x_RD + torch.stack([weight.sum() for weight in weights.values()]).sum()
     unbound = {name: weight.unbind(0) for name, weight in weights.items()}
     outputs = []
-    for index, (x, weight_of_row) in enumerate(zip(x_RD.split(list(sizes)), gate_R.split(list(sizes)), strict=True)):
+    num_empty = x_RD.shape[0] - sum(sizes)
+    x_of, gate_of = (part_R[: sum(sizes)].split(list(sizes)) for part_R in (x_RD, gate_R))
+    for index, (x, weight_of_row) in enumerate(zip(x_of, gate_of, strict=True)):
         part = {name: unbound[name][index] for name in names}
         up = product(x, part["up"], part.get("up_bias"))
         gate = product(x, part["gate"], part.get("gate_bias")) if "gate" in part else None
@@ -160,7 +163,7 @@ def run_one_by_one(experts: StackedFFN, x_RD: Tensor, gate_R: Tensor, sizes: Seq
         if "down_bias" in part:
             output = output + (weight_of_row[:, None] * part["down_bias"]).to(dtype)
         outputs.append(output)
-    return torch.cat(outputs)
+    return torch.cat([*outputs, outputs[0].new_zeros(num_empty, outputs[0].shape[1])] if num_empty else outputs)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -169,9 +172,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def bias_of_rows(bias: Tensor, rows: Rows) -> Tensor:
-    """[R, ...]: each row's expert's entry of ``bias`` [e, ...]; of the last expert's for rows past the last end."""
+    """[R, ...]: each row's expert's entry of ``bias`` [e, ...]; zero for rows past the last end, whose gradients may be
+    anything."""
     row_R = torch.arange(rows.x_RD.shape[0], device=bias.device, dtype=rows.ends_e.dtype)
-    return bias[torch.searchsorted(rows.ends_e, row_R, right=True).clamp_max(bias.shape[0] - 1)]
+    expert_R = torch.searchsorted(rows.ends_e, row_R, right=True)
+    nothing = bias.new_zeros(1, *bias.shape[1:])
+    return torch.cat([bias, nothing])[expert_R]
 
 
 class SharedExpert(nn.Module):

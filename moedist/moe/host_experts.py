@@ -29,7 +29,7 @@ def host_experts(
         x_RD: rows in the order of experts, on a CPU.
         weight_R: of each row's output, in the dtype of the rows.
         up, gate, down: [e, D, F], [e, D, F], [e, F, D], likewise.
-        sizes: rows of each expert; they sum to R.
+        sizes: rows of each expert; rows behind the last one's may hold anything, before and after.
     """
     y_RD, _, _ = _forward(x_RD.contiguous(), weight_R, up, gate, down, list(sizes))
     return y_RD

@@ -176,7 +176,8 @@ class MoE(RoutedLayer):
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         out_TD = dropped_out(out_TD, self.config.dropout, ctx, layer=self.layer)
-        return MoEOutput(out_TD, self.report(routing, plan, ctx))
+        report = self.report(routing, plan, ctx)
+        return MoEOutput(out_TD, dataclasses.replace(report, spilled=self.bank.spilled(plan)))
 
     def spread(self, placement: Placement, ep: Axis, dp: Axis) -> None:
         """Keeps this rank's experts; rows travel over ``ep``, global counts over ``dp`` from now on."""

@@ -34,19 +34,21 @@ class ModuleExperts(Experts):
 
     def forward(self, rows: Rows) -> Tensor:
         """[R, out]: ``gate * expert(x)``. An expert without rows is not called; its parameters get zero gradients."""
-        sizes = list(rows.sizes)
+        sizes = list(rows.read_sizes())
+        num_empty = rows.x_RD.shape[0] - sum(sizes)
         parts: list[Tensor] = []
         idle: list[Tensor] = []
-        for place, (x, gate) in enumerate(zip(rows.x_RD.split(sizes), rows.gate_R.split(sizes), strict=True)):
+        x_of, gate_of = (part_R[: sum(sizes)].split(sizes) for part_R in (rows.x_RD, rows.gate_R))
+        for place, (x, gate) in enumerate(zip(x_of, gate_of, strict=True)):
             module = self.expert[str(self.expert_ids[place])]
             if x.shape[0] == 0:
                 idle += [parameter for parameter in module.parameters() if parameter.requires_grad]
             else:
                 parts.append((self.call(place, x) * gate[:, None]).to(x.dtype))
         if parts:
-            y_RD = torch.cat(parts)
+            y_RD = torch.cat([*parts, parts[0].new_zeros(num_empty, self.out_features)] if num_empty else parts)
         else:  # of the rows' graph all the same: what sends them home must be heard by its backward too
-            y_RD = rows.x_RD.new_zeros(0, self.out_features) * rows.gate_R[:, None].to(rows.x_RD.dtype)
+            y_RD = rows.x_RD.new_zeros(num_empty, self.out_features) * rows.gate_R[:, None].to(rows.x_RD.dtype)
         if len(self.expert_ids) < self.num_experts:
             # Frozen or not, an expert's rank takes part in the exchange of gradients: other ranks' may not be frozen.
             idle.append(rows.gate_R.new_zeros((), requires_grad=torch.is_grad_enabled()))

@@ -49,6 +49,7 @@ class CapacityPlan:
         room: 0-dim int64, pairs that the limits of all capacity groups leave room for over all experts; 0 for no limit.
         capacity: upper bound of ``kept_E`` known from the shapes; None where nothing limits it but the token count.
         pairs_per_token: K where pair ``t * K + k`` is token t's choice k, else None.
+        may_spill: as the context says.
     """
 
     token_N: Tensor
@@ -61,6 +62,7 @@ class CapacityPlan:
     room: Tensor
     capacity: int | None
     pairs_per_token: int | None
+    may_spill: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,7 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
         room=room,
         capacity=capacity,
         pairs_per_token=routing.pairs_per_token,
+        may_spill=ctx.may_spill,
     )
 
 

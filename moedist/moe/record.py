@@ -51,6 +51,10 @@ class RoutingRecorder:
             for handle in handles:
                 handle.remove()
 
+    def forget(self) -> None:
+        """Drops what was heard: the passes count for nothing."""
+        self._contexts, self._routings, self._plans = [], {}, {}
+
     def take(self, step: int) -> StepTrace | None:
         """What was heard since the last call, copied to the host; None for nothing.
 
@@ -58,7 +62,7 @@ class RoutingRecorder:
             TraceError: a router has no fixed number of choices per token (expert choice).
         """
         contexts, routings, plans = self._contexts, self._routings, self._plans
-        self._contexts, self._routings, self._plans = [], {}, {}
+        self.forget()
         if not contexts:
             return None
 

@@ -82,6 +82,9 @@ class MoEReport:
         asked_E: int64 pairs per expert (global id) before any limit.
         kept_E: int64 pairs that each expert computed.
         dropped_ME: int64 pairs that asked for each expert and were computed by none, by reason (`DROP_REASONS`).
+        spilled: 0-dim int64, pairs of this rank that count as kept and were left behind all the same, for want of room
+            on the way: nothing of this pass may be used on any rank. None where that cannot be
+            (`TokenContext.may_spill`).
     """
 
     layer: int
@@ -96,6 +99,7 @@ class MoEReport:
     asked_E: Tensor
     kept_E: Tensor
     dropped_ME: Tensor
+    spilled: Tensor | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

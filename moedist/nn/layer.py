@@ -153,12 +153,17 @@ class MoELayer(AuxLossLayer):
                 losses are means over this rank's.
 
         Raises:
-            ValueError: the last dim is another, or routing draws noise by the step and there is no ``ctx`` to name it.
+            ValueError: the last dim is another, routing draws noise by the step and there is no ``ctx`` to name it, or
+                ``ctx`` lets rows be left behind.
         """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"the input's last dim must be in_features = {self.in_features}, got {list(x.shape)}")
         x_TD = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         ctx = self._context(x) if ctx is None else ctx
+        if ctx.may_spill:
+            raise ValueError(
+                "ctx.may_spill needs a caller who reads the report of every pass: take MoEConfig.build's layer"
+            )
         report = None
         if torch.compiler.is_exporting():  # an exported graph has no use for a report, and no place to keep it
             routing = self.moe.router(x_TD, ctx)

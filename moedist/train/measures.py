@@ -24,6 +24,7 @@ from moedist.parallel.expert_norms import ExpertNorms
 from moedist.train.build import MATMUL_DTYPES, SpreadModel
 from moedist.train.clock import PARTS, StepClock
 from moedist.train.config import RunConfig
+from moedist.train.spill import may_spill
 from moedist.train.tally import StepSum, Tally
 from moedist.train.throughput import measured_peak_flops, peak_memory
 
@@ -38,6 +39,7 @@ class Measures:
         tally: what the step adds up to.
         attention_tally: the same of attentions that route; its loss is 0.
         mixtures: these attentions.
+        spilled_steps: since the last record, of those that were thrown away and run again for want of room.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, spread: SpreadModel):
@@ -50,6 +52,7 @@ class Measures:
         self.clock = StepClock(mesh.device)
         self._norms = ExpertNorms(self.moe_layers, spread.model, spread.gradients)
         self.peak_flops: float | None = None
+        self.spilled_steps = 0
         self._seconds, self._tokens = 0.0, 0  # of the steps since the last record
         self._recorded = False
         self._meter: ExchangeMeter | None = None
@@ -155,8 +158,9 @@ class Measures:
             data_wait=float(total.extra["data_s"]) / self.mesh.dp.size / max(self._seconds, 1e-9),
             flops_per_token=self.spread.flops_per_token,
             peak_flops=self.peak_flops,
+            spilled_steps=self.spilled_steps if may_spill(self.spread.model) else None,
         )
-        self._seconds, self._tokens, self.clock.data_s = 0.0, 0, 0.0
+        self._seconds, self._tokens, self.clock.data_s, self.spilled_steps = 0.0, 0, 0.0, 0
         if "seconds" in total.extra:
             record |= time_metrics(
                 seconds=dict(zip((*PARTS, "exchange"), total.extra["seconds"].tolist(), strict=True)),

@@ -35,6 +35,7 @@ from moedist.train.evaluate import evaluate
 from moedist.train.measures import Measures
 from moedist.train.phases import PhaseRecorder, chrome_trace, find_straggler, write_phases
 from moedist.train.signals import StopRequest
+from moedist.train.spill import Spill, may_spill
 from moedist.train.watchdog import Watchdog
 
 WATCHDOG_MARGIN_S = 30.0
@@ -97,6 +98,7 @@ class Trainer:
         self.traces = traces
         self.model = spread.model
         self.recorder = RoutingRecorder(self.model)
+        self.may_spill = may_spill(self.model)
         self.engine = build_engine(config, spread, mesh)
         self.measures = Measures(config, mesh, spread)  # of the parameters that the engine has made of the model's
         self.tally = self.measures.tally
@@ -130,6 +132,12 @@ class Trainer:
             own["rng_cuda"] = torch.cuda.get_rng_state(self.mesh.device)
         return own
 
+    def restore_own(self, own: Mapping[str, Tensor]) -> None:
+        """Takes over what `own_state` gave."""
+        torch.set_rng_state(own["rng_cpu"])
+        if "rng_cuda" in own:
+            torch.cuda.set_rng_state(own["rng_cuda"], self.mesh.device)
+
     def load(self, path: Any) -> Mapping[str, Any]:
         """Takes over a checkpoint's state, whatever layout wrote it; returns its meta."""
         own = self.own_state()
@@ -137,9 +145,7 @@ class Trainer:
         state = self.state()
         meta = self.store.load(path, state, own)
         self.engine.restore(state, meta["step"])
-        torch.set_rng_state(own["rng_cpu"])
-        if "rng_cuda" in own:
-            torch.cuda.set_rng_state(own["rng_cuda"], self.mesh.device)
+        self.restore_own(own)
         self.progress.step, self.progress.tokens = meta["step"], meta["tokens"]
         self.progress.next_sample = meta["next_sample"]
         return meta
@@ -318,30 +324,13 @@ class Trainer:
         if totals.stop:
             return False
         self.engine.set_learning_rate(config.train.schedule.factor(progress.step + 1, config.train.steps))
-        context = StepContext(
-            seed=config.seed,
-            step=torch.tensor(progress.step, device=device),
-            num_tokens=torch.tensor(totals.num_tokens, device=device),
-            training=True,
-        )
-        self.measures.clear()
-        counts = self.count_first(micro_batches, context)
-        for place, batch in enumerate(micro_batches, start=1):
-            self.enter("forward")
-            with autocast(config, self.mesh):
-                with self.recorder.listening(config.log.trace.wants(progress.step + 1)):
-                    output = self.model(batch, dataclasses.replace(context, counts=counts))
-                # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
-                task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
-                reports = self.measures.pack(output)
-                loss = task_loss + sum(packed.objective() for packed in reports if packed is not None)
-            counts = counts.after((*output.reports, *output.attention_reports))
-            del output  # the logits: gone with the backward pass, not with the next forward
-            self.enter("backward")
-            self.engine.backward(loss, last=place == len(micro_batches))
-            self.measures.add(task_loss, reports)
-        self.enter("optimizer")
-        self.grad_norm = self.engine.step(self.measures.gradients_summed)
+        own = self.own_state() if self.may_spill else {}
+        spill = self.try_step(micro_batches, totals, Spill(allowed=self.may_spill))
+        if not math.isfinite(self.grad_norm) and spill.happened(self.mesh.dp):
+            self.restore_own(own)
+            self.recorder.forget()
+            self.measures.spilled_steps += 1
+            self.try_step(micro_batches, totals, Spill(allowed=False))
         if not math.isfinite(self.grad_norm):
             raise NonFiniteError(
                 f"the gradient's norm at step {progress.step + 1} is {self.grad_norm}; the model is that of step "
@@ -354,7 +343,42 @@ class Trainer:
         self.move_biases()
         return True
 
-    def count_first(self, micro_batches: list[TokenBatch], context: StepContext) -> StepCounts:
+    def try_step(self, micro_batches: list[TokenBatch], totals: Totals, spill: Spill) -> Spill:
+        """Forward, backward, update; sets ``grad_norm``. Where it is not finite nothing has moved.
+
+        Args:
+            spill: whether rows may be left behind, and then what was.
+        """
+        config, device = self.config, self.mesh.device
+        context = StepContext(
+            seed=config.seed,
+            step=torch.tensor(self.progress.step, device=device),
+            num_tokens=torch.tensor(totals.num_tokens, device=device),
+            training=True,
+            may_spill=spill.allowed,
+        )
+        self.measures.clear()
+        counts = self.count_first(micro_batches, context, spill)
+        for place, batch in enumerate(micro_batches, start=1):
+            self.enter("forward")
+            with autocast(config, self.mesh):
+                with self.recorder.listening(config.log.trace.wants(self.progress.step + 1)):
+                    output = self.model(batch, dataclasses.replace(context, counts=counts))
+                # This rank's share of the one global loss: gradients then add up over ranks, without a divisor.
+                task_loss = token_loss(output, batch.target_BS) / max(totals.num_targets, 1)
+                reports = self.measures.pack(output)
+                loss = task_loss + sum(packed.objective() for packed in reports if packed is not None)
+            spill.add(output)
+            counts = counts.after((*output.reports, *output.attention_reports))
+            del output  # the logits: gone with the backward pass, not with the next forward
+            self.enter("backward")
+            self.engine.backward(spill.spoil(loss), last=place == len(micro_batches))
+            self.measures.add(task_loss, reports)
+        self.enter("optimizer")
+        self.grad_norm = self.engine.step(self.measures.gradients_summed)
+        return spill
+
+    def count_first(self, micro_batches: list[TokenBatch], context: StepContext, spill: Spill) -> StepCounts:
         """What balance losses count in the whole step, by a pass without gradient, where one of them asks for it."""
         counts = StepCounts()
         if len(micro_batches) == 1 or not any(layer.needs_whole_step for layer in self.measures.routed_layers):
@@ -363,6 +387,7 @@ class Trainer:
             self.enter("count")
             with torch.no_grad(), autocast(self.config, self.mesh):
                 output = self.model(batch, context)
+                spill.add(output)
                 counts = counts.after((*output.reports, *output.attention_reports))
         return StepCounts(whole=counts.earlier)
 

@@ -30,13 +30,17 @@ def exchange_and_layer(here: Here) -> tuple[dict, dict, dict]:
 def test_two_ranks(ranks):
     for moved, case, uneven in ranks(2).run(exchange_and_layer):
         by_name = {entry["name"]: entry for entry in moved["contenders"]}
-        assert list(by_name) == ["all_to_all", "padded", "hierarchical"]
+        assert list(by_name) == ["all_to_all", "budget", "padded", "hierarchical"]
         assert moved["bare_mb"] == exchange_bytes(TINY, 2) / 1e6
         # Rows and their gates, there and back with their gradients; rows come home without a gate.
         gates = 2 * 24 * 2 * 4 / 2 / 1e6
         counts = 4 * 8 / 2 / 1e6
         assert abs(by_name["padded"]["sent_mb"] - moved["bare_mb"] - gates) < 1e-9
         assert abs(by_name["all_to_all"]["sent_mb"] - moved["bare_mb"] - gates - counts) < 1e-9
+        # No blocks above what the limit lets through; the place of its expert with each row there, and no counts.
+        places = 24 * 2 * 4 / 2 / 1e6
+        assert abs(by_name["budget"]["sent_mb"] - moved["bare_mb"] - gates - places) < 1e-9
+        assert by_name["budget"]["spilled_pairs"] == 0
         assert [entry["name"] for entry in case["contenders"]] == ["moedist", "moedist_loop", "torchtitan_like"]
         assert case["skipped"] == {"grouped_mm": "keeps all experts on one rank"}
         assert all(entry["exchange_ms"] > 0 for entry in case["contenders"])

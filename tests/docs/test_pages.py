@@ -73,6 +73,7 @@ def known_metrics() -> set[str]:
         memory_gib=0.0,
         flops_per_token=1.0,
         peak_flops=1.0,
+        spilled_steps=0,
     )
     parts = dict.fromkeys((*PARTS, "exchange"), 1.0)
     timed = time_metrics(

@@ -22,16 +22,24 @@ class Bank(nn.Module):
         experts: this rank's experts.
         placement, ep: which experts live on which of these ranks.
         static: whether no shape depends on data, so that the layer compiles into one graph.
+        may_spill: whether that is so, and rows may be left behind, where the caller allows it
+            (`TokenContext.may_spill`).
     """
 
     experts: Experts
     placement: Placement
     ep: Axis
     static: bool = False
+    may_spill: bool = False
 
     def forward(self, x_TD: Tensor, plan: CapacityPlan) -> Tensor:
         """[T, D] -> [T, D], or whatever width the experts give; zero for a token without a kept pair."""
         raise NotImplementedError
+
+    def spilled(self, plan: CapacityPlan) -> Tensor | None:
+        """0-dim int64: kept pairs of this rank whose rows are left behind (`TokenContext.may_spill`); None where that
+        cannot be."""
+        return None
 
     def spread(self, placement: Placement, ep: Axis) -> None:
         """Keeps this rank's experts and computes over the axis from now on.

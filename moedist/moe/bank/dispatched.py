@@ -28,7 +28,8 @@ class DispatchedBank(Bank):
 
     def __init__(self, experts: Experts, dispatch: DispatchConfig):
         super().__init__()
-        self.experts, self.dispatch, self.static = experts, dispatch, dispatch.static
+        self.experts, self.dispatch = experts, dispatch
+        self.static, self.may_spill = dispatch.static, dispatch.may_spill
         self.placement, self.ep = Placement.in_order(len(experts.expert_ids), 1), Axis("ep")
         self.dispatcher = dispatch.build(self.placement, self.ep)
 
@@ -41,6 +42,10 @@ class DispatchedBank(Bank):
             arrived = self.dispatcher.dispatch(x_TD, plan)
             y_RD = self.experts(arrived.rows)
             return self.dispatcher.combine(y_RD, arrived.ticket)
+
+    def spilled(self, plan: CapacityPlan) -> Tensor | None:
+        """The dispatcher's."""
+        return self.dispatch.spilled(plan, self.placement) if self.may_spill and plan.may_spill else None
 
     def spread(self, placement: Placement, ep: Axis) -> None:
         """Keeps this rank's experts and moves rows over ``ep``."""

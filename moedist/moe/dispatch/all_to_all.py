@@ -10,7 +10,7 @@ from torch import Tensor
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
-from moedist.moe.dispatch.rows import Exchange, Reorder, RowsToTokens, TokensToRows, pair_of_row
+from moedist.moe.dispatch.rows import Exchange, Reorder, RowsToTokens, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
@@ -37,7 +37,7 @@ class AllToAllTicket:
     Attributes:
         token_R: token of each sent row (R here counts sent rows). row_N: sent row of each pair, -1 for none.
         by_expert, by_source: the received rows' order at the experts, and back; None where they are one order.
-        send_sizes, receive_sizes: rows to and from each rank.
+        send_sizes, receive_sizes: rows to and from each rank; None for equal blocks.
     """
 
     token_R: Tensor
@@ -47,8 +47,8 @@ class AllToAllTicket:
     num_tokens: int
     by_expert: Tensor | None
     by_source: Tensor | None
-    send_sizes: list[int]
-    receive_sizes: list[int]
+    send_sizes: list[int] | None
+    receive_sizes: list[int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,8 @@ class AllToAllDispatcher:
         first_row_E = kept_E.cumsum(0) - kept_E
         row_N = first_row_E[self.placement.slot_of(plan.expert_N)] + plan.slot_N
         row_N = torch.where(plan.slot_N < 0, -1, row_N)
-        pair_R = pair_of_row(row_N, sum(send_sizes))
-        token_R = plan.token_N[pair_R]
-
-        x_RD = TokensToRows.apply(x_TD, token_R, row_N, plan.token_N, plan.pairs_per_token)
-        pair_N = torch.arange(row_N.shape[0], device=row_N.device)
-        gate_R = TokensToRows.apply(plan.gate_N, pair_R, row_N, pair_N, 1)
+        copies = copy_to_rows(x_TD, plan, row_N, sum(send_sizes))
+        x_RD, gate_R = copies.x_RD, copies.gate_R
         by_expert = by_source = None
         if self.ep.size > 1:
             x_RD, gate_R = Exchange.apply(self.ep, send_sizes, receive_sizes, x_RD, gate_R)
@@ -86,7 +82,7 @@ class AllToAllDispatcher:
             ends_e=arriving_We.sum(0).cumsum(0).to(torch.int32),
         )
         ticket = AllToAllTicket(
-            token_R=token_R,
+            token_R=copies.token_R,
             row_N=row_N,
             token_N=plan.token_N,
             pairs_per_token=plan.pairs_per_token,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from moedist.config import Choice
@@ -50,12 +51,26 @@ class DispatchConfig(Choice, path="moe.dispatch"):
         """Whether no shape depends on data."""
         return False
 
+    @property
+    def may_spill(self) -> bool:
+        """Whether rows may be left behind where the caller allows it (`TokenContext.may_spill`); no shape depends on
+        data then. Where it does not, everything travels."""
+        return False
+
+    def spilled(self, plan: CapacityPlan, placement: Placement) -> Tensor:
+        """0-dim int64: kept pairs of this rank that are left behind; known before any row moves."""
+        return torch.zeros_like(plan.room)
+
     def note(self, num_experts: int, experts_per_token: int, dropless: bool, ep: Axis) -> str | None:
         """What a user should know of the cost of this choice, as a sentence; None for nothing."""
         return None
 
     def check_nodes(self, ep: int, ranks_per_node: int) -> None:
         """Raises `ConfigError` where groups of ``ep`` ranks do not lie on nodes as this choice needs it."""
+
+    def room(self, batch: Batch) -> int | None:
+        """Rows that a rank sends, and as many that it receives, whatever the routing; None where they follow it."""
+        return None
 
     def traffic(self, batch: Batch) -> Traffic | None:
         """What an exchange of a layer sends; None where nobody has worked it out."""

@@ -20,14 +20,11 @@ from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
 from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
-from moedist.moe.dispatch.rows import Exchange, RowsToTokens, TokensToRows, pair_of_row, take
+from moedist.moe.dispatch.rows import ID_TYPES, Exchange, RowsToTokens, TokensToRows, pair_of_row, take
 from moedist.moe.dispatch.traffic import Batch, Traffic, share_reached, there_and_back
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan, place_in_bucket
-
-ID_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""In which slots travel, by the bytes of a row's element: whole elements, so that they fit behind the row."""
 
 
 @dataclasses.dataclass(frozen=True)

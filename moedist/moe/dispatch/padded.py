@@ -10,7 +10,7 @@ from torch import Tensor
 from moedist.config import require
 from moedist.mesh import Axis
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
-from moedist.moe.dispatch.rows import Exchange, RowsToTokens, TokensToRows, pair_of_row
+from moedist.moe.dispatch.rows import Exchange, RowsToTokens, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
@@ -39,10 +39,13 @@ class PaddedConfig(DispatchConfig):
             f"{num_experts / experts_per_token:g} times the rows that are used; all_to_all sends those alone"
         )
 
-    def traffic(self, batch: Batch) -> Traffic:
+    def room(self, batch: Batch) -> int:
         """A row per slot; without a limit a slot per expert and token."""
-        slots = batch.tokens if batch.capacity is None else batch.capacity
-        per_rank = slots * batch.num_experts // batch.ep
+        return batch.num_experts * (batch.tokens if batch.capacity is None else batch.capacity)
+
+    def traffic(self, batch: Batch) -> Traffic:
+        """All slots."""
+        per_rank = self.room(batch) // batch.ep
         return Traffic(*(there_and_back(per_rank * ranks, batch, gates=1) for ranks in batch.other_ranks))
 
     def build(self, placement: Placement, ep: Axis) -> PaddedDispatcher:  # noqa: D102
@@ -82,12 +85,8 @@ class PaddedDispatcher:
         num_rows = self.placement.num_experts * capacity
         row_N = self.placement.slot_of(plan.expert_N) * capacity + plan.slot_N
         row_N = torch.where(plan.slot_N < 0, -1, row_N)
-        pair_N = torch.arange(row_N.shape[0], device=row_N.device)
-        pair_R = pair_of_row(row_N, num_rows)
-        token_R = torch.where(pair_R < 0, -1, plan.token_N[pair_R]) if num_tokens else pair_R
-
-        x_RD = TokensToRows.apply(x_TD, token_R, row_N, plan.token_N, plan.pairs_per_token)
-        gate_R = TokensToRows.apply(plan.gate_N, pair_R, row_N, pair_N, 1)
+        copies = copy_to_rows(x_TD, plan, row_N, num_rows)
+        x_RD, gate_R = copies.x_RD, copies.gate_R
         if self.ep.size > 1:
             x_RD, gate_R = Exchange.apply(self.ep, None, None, x_RD, gate_R)
             x_RD, gate_R = self.swap(x_RD, self.ep.size), self.swap(gate_R, self.ep.size)
@@ -100,7 +99,7 @@ class PaddedDispatcher:
             ends_e=torch.arange(1, num_local + 1, device=row_N.device, dtype=torch.int32) * size,
             uniform=True,
         )
-        ticket = PaddedTicket(token_R, row_N, plan.token_N, plan.pairs_per_token, num_tokens, capacity)
+        ticket = PaddedTicket(copies.token_R, row_N, plan.token_N, plan.pairs_per_token, num_tokens, capacity)
         return Arrived(rows, ticket)
 
     def combine(self, y_RD: Tensor, ticket: PaddedTicket) -> Tensor:

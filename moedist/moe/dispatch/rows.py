@@ -7,6 +7,7 @@ An index of -1 stands for a row, or a pair, that is not there: it reads as zero.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ from moedist.mesh.collectives import all_to_all
 from moedist.moe.host import on_host
 from moedist.moe.kernels.device import why_not
 from moedist.moe.kernels.pairs import sum_rows
+from moedist.moe.plan import CapacityPlan
+
+ID_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""In which numbers of experts travel, by the bytes of a row's element: whole elements, so that they fit behind the
+row."""
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -115,6 +121,34 @@ class RowsToTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         return TokensToRows.apply(grad_TD, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None, None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """A row for each pair that has one.
+
+    Attributes:
+        x_RD, gate_R: with gradient; zero at a row without a pair.
+        pair_R, token_R: whose row it is; -1 at a row without a pair.
+    """
+
+    x_RD: Tensor
+    gate_R: Tensor
+    pair_R: Tensor
+    token_R: Tensor
+
+
+def copy_to_rows(x_TD: Tensor, plan: CapacityPlan, row_N: Tensor, num_rows: int) -> Copies:
+    """Each pair's token and gate at the pair's row ``row_N`` (-1: none)."""
+    pair_N = torch.arange(row_N.shape[0], device=row_N.device)
+    pair_R = pair_of_row(row_N, num_rows)
+    token_R = torch.where(pair_R < 0, -1, plan.token_N[pair_R]) if row_N.shape[0] else pair_R
+    return Copies(
+        x_RD=TokensToRows.apply(x_TD, token_R, row_N, plan.token_N, plan.pairs_per_token),
+        gate_R=TokensToRows.apply(plan.gate_N, pair_R, row_N, pair_N, 1),
+        pair_R=pair_R,
+        token_R=token_R,
+    )
 
 
 class Reorder(torch.autograd.Function):

@@ -19,16 +19,25 @@ class Rows:
     Attributes:
         x_RD: the vectors.
         gate_R: the weight of each row's output; 0 at rows that carry nothing.
-        sizes: rows of each of this rank's experts, in the order of their weights, known to the host; they sum to R.
-        ends_e: int32, the same on the device: where each expert's rows end.
+        sizes: rows of each of this rank's experts, in the order of their weights; None where only the device knows
+            them. Experts that must know ask `read_sizes`.
+        ends_e: int32, the same on the device: where each expert's rows end. Rows behind the last end carry nothing:
+            what is made of them, and their gradients, nobody reads.
         uniform: whether all sizes are equal by construction (fixed slots), so that the rows are a [e, R / e, D] block.
     """
 
     x_RD: Tensor
     gate_R: Tensor
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...] | None
     ends_e: Tensor
     uniform: bool = False
+
+    def read_sizes(self) -> tuple[int, ...]:
+        """`sizes`; where only the device knows them, the host waits for it."""
+        if self.sizes is not None:
+            return self.sizes
+        ends = self.ends_e.tolist()
+        return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
 
 
 class Experts(nn.Module):
@@ -42,7 +51,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """[R, D]: ``gate * expert(x)`` row by row; experts may give another width than they take. Every parameter takes
-        part, so that one without rows gets a zero gradient and not None."""
+        part, so that one without rows gets a zero gradient and not None. Rows behind the last end may hold anything."""
         raise NotImplementedError
 
     def note(self, device: torch.device, dtype: torch.dtype, uniform: bool) -> str | None:

@@ -60,7 +60,7 @@ class FusedExperts(StackedFFN):
     def forward(self, rows: Rows) -> Tensor:
         """[R, D]: ``gate * expert(x)``."""
         if rows.x_RD.shape[0] == 0 or not self.expert_ids or why_not(rows.x_RD.device, "ffn") is not None:
-            return run_one_by_one(self, rows.x_RD, rows.gate_R, rows.sizes)
+            return run_one_by_one(self, rows.x_RD, rows.gate_R, rows.read_sizes())
         return run_fused(self, rows)
 
     def note(self, device: torch.device, dtype: torch.dtype, uniform: bool) -> str:

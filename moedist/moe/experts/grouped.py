@@ -66,16 +66,16 @@ class GroupedExperts(StackedFFN):
         if self.fit_host(rows):
             up, gate, down = self.weight("up"), self.weight("gate"), self.weight("down")
             assert up is not None and gate is not None and down is not None
-            return host_experts(x_RD, rows.gate_R, up, gate, down, rows.sizes)
+            return host_experts(x_RD, rows.gate_R, up, gate, down, rows.read_sizes())
         if num_rows == 0 or not (rows.uniform or qualifies(dtype, self.dim, self.hidden_dim)):
-            return run_one_by_one(self, x_RD, rows.gate_R, rows.sizes)
+            return run_one_by_one(self, x_RD, rows.gate_R, rows.read_sizes())
 
         def multiply(x: Tensor, name: str) -> Tensor | None:
             weight, bias = self.weight(name), self.weight(f"{name}_bias")
             if weight is None:
                 return None
             if rows.uniform:
-                y = torch.bmm(x.view(len(rows.sizes), -1, x.shape[1]), weight.to(dtype)).view(num_rows, -1)
+                y = torch.bmm(x.view(len(rows.ends_e), -1, x.shape[1]), weight.to(dtype)).view(num_rows, -1)
             else:
                 # The rows end where the last expert's do: past that, grouped_mm leaves its output uninitialised.
                 y = ContiguousGradient.apply(F.grouped_mm(x, weight.to(dtype), offs=rows.ends_e))

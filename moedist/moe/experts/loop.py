@@ -31,4 +31,4 @@ class LoopExperts(StackedFFN):
 
     def forward(self, rows: Rows) -> Tensor:
         """[R, D]: ``gate * expert(x)``."""
-        return run_one_by_one(self, rows.x_RD, rows.gate_R, rows.sizes)
+        return run_one_by_one(self, rows.x_RD, rows.gate_R, rows.read_sizes())
