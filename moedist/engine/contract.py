@@ -105,6 +105,12 @@ class EngineConfig(Choice, path="engine"):
         where they need not."""
         return None
 
+    @property
+    def cuts_anywhere(self) -> str | None:
+        """Why an optimizer must update each number of a parameter alone, as the rest of a sentence; None where it need
+        not."""
+        return None
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """Raises `ConfigError`, with full keys, where this engine cannot run such a step on such a mesh."""
 

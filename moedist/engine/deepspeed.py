@@ -63,6 +63,11 @@ class DeepSpeedConfig(EngineConfig):
         """It knows experts as stacked weights, cut along their first dim."""
         return "DeepSpeed sums the gradients of all other weights over all ranks"
 
+    @property
+    def cuts_anywhere(self) -> str:
+        """ZeRO cuts the flat row of all parameters."""
+        return "DeepSpeed's ZeRO cuts the flat row of all parameters anywhere"
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """See the contract."""
         require(

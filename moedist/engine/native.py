@@ -32,6 +32,11 @@ class NativeConfig(EngineConfig):
         """Where asked for."""
         return self.offload
 
+    @property
+    def cuts_anywhere(self) -> str | None:
+        """Where offloaded: pieces on the host."""
+        return "offloaded weights lie on the host in pieces, which no rank gathers there" if self.offload else None
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """Offloading is FSDP's."""
         require(

@@ -66,8 +66,9 @@ def memory(shape: ModelShape, layout: Layout, rows: Mapping[int, Rows]) -> Memor
     """
     size = layout.weight_size
     held, updated = layout.held(shape.count) * size, layout.updated(shape.count) * size
+    matrices = layout.updated(shape.matrices) * size
     # ZeRO keeps a copy of the part of the weights that a rank updates.
-    optimizer = 2 * updated + (updated if layout.zero_stage else 0)
+    optimizer = layout.optimizer.state_numbers(matrices, updated - matrices) + (updated if layout.zero_stage else 0)
     state = Memory(held, 0, optimizer, 0, 0, 0, "start")
     host = 0
     if layout.offload:
@@ -195,13 +196,11 @@ def _gradient_bytes(count: Count, layout: Layout) -> int:
 
 
 def _update(shape: ModelShape, layout: Layout, state: Memory) -> Memory:
-    """Gradients are summed in buckets; then AdamW's temporaries, of one tensor on a CPU, of all tensors of a group on
-    CUDA, where torch runs over lists."""
+    """Gradients are summed in buckets; then what the update of the largest parameter holds besides."""
     size, count = layout.weight_size, shape.count
-    cut = 1 if layout.fsdp is None else layout.fsdp
-    largest = max(count.largest // cut, count.largest_experts // (layout.ep if layout.fsdp is None else cut))
-    groups = max((count.other + count.router) // cut, count.experts // (layout.ep if layout.fsdp is None else cut))
-    moment = 2 * largest * size if layout.device == "cpu" else groups * size
+    cut = 1 if layout.fsdp is None or not layout.optimizer.element_by_element else layout.fsdp
+    largest = max(count.largest // cut, count.largest_experts // max(layout.ep, cut))
+    moment = layout.optimizer.update_numbers(largest) * size
     bucket = 0
     if layout.fsdp is None and layout.world > 1:
         summed = count.other + count.router + (count.experts // layout.ep if layout.edp > 1 else 0)

@@ -18,6 +18,7 @@ from moedist.model.size import ModelSize, model_size, train_flops_per_token
 from moedist.moe.layer import MoE, MoEConfig
 from moedist.train.build import PARAMETER_DTYPES
 from moedist.train.config import RunConfig
+from moedist.train.optimizer.contract import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,11 @@ class ModelShape:
     def count(self) -> Count:
         """Of the whole model."""
         return sum((block.count for block in self.blocks), self.embedding + self.head)
+
+    @property
+    def matrices(self) -> Count:
+        """Of the blocks without their routers: matrices, and norms that count for nothing beside them."""
+        return dataclasses.replace(sum((block.count for block in self.blocks), Count()), router=0)
 
     @property
     def moe_blocks(self) -> tuple[int, ...]:
@@ -172,6 +178,7 @@ class Layout:
         checkpointing: ``none``, ``full`` or ``selective``.
         precision: ``fp32``, ``bf16`` or ``fp64``.
         device: ``cuda`` or ``cpu``.
+        optimizer: the update rule.
     """
 
     world: int
@@ -185,6 +192,7 @@ class Layout:
     checkpointing: Literal["none", "full", "selective"]
     precision: Literal["fp32", "bf16", "fp64"]
     device: Literal["cuda", "cpu"]
+    optimizer: OptimizerConfig
 
     @classmethod
     def of(cls, config: RunConfig, world: int, device: Literal["cuda", "cpu"]) -> Layout:
@@ -209,6 +217,7 @@ class Layout:
             checkpointing=train.activation_checkpointing,
             precision=train.precision,
             device=device,
+            optimizer=train.optimizer,
         )
 
     @property

@@ -150,7 +150,19 @@ def _check_layout(config: RunConfig, world_size: int) -> list[ConfigError]:
     errors += step_errors
     if step is not None:
         errors += _check("", config.engine.check, step, config.mesh, world_size)
+    errors += _check("train.optimizer", _check_optimizer, config)
     return errors
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    reason = config.engine.cuts_anywhere
+    require(
+        config.train.optimizer.element_by_element or reason is None,
+        "kind",
+        config.train.optimizer.kind,
+        f"needs whole matrices, and {reason}",
+        "Set train/optimizer to adamw, or engine to native without engine.offload.",
+    )
 
 
 def _optimizer_step(config: RunConfig, world_size: int) -> tuple[TrainingStep | None, list[ConfigError]]:

@@ -84,8 +84,7 @@ class GradientTable:
 
     def scale(self, model: nn.Module, factor: float) -> None:
         """Multiplies every gradient by ``factor``; in place."""
-        for _, grad in self._gradients(model):
-            grad.mul_(factor)
+        torch._foreach_mul_([grad for _, grad in self._gradients(model)], factor)
 
     def _gradients(self, model: nn.Module) -> Iterator[tuple[ParameterSpread, Tensor]]:
         for name, parameter in model.named_parameters():

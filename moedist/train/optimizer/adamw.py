@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moedist.config import require
 from moedist.parallel.gradients import GradientTable
@@ -40,19 +41,40 @@ class AdamWConfig(OptimizerConfig):
             value = getattr(self, key)
             require(0 <= value < 1, key, value, "is no decay rate", "Set it to 0 or more, and below 1.")
 
+    def state_numbers(self, matrices: int, others: int) -> int:
+        """Two moments of each."""
+        return 2 * (matrices + others)
+
+    def update_numbers(self, largest: int) -> int:
+        """None: the fused kernel makes nothing."""
+        return 0
+
     def build(self, model: nn.Module, gradients: GradientTable) -> torch.optim.Optimizer:
-        """One group per role and decay."""
-        rates = {"router": self.router_lr, "experts": self.experts_lr, "other": self.other_lr}
-        roles = {name: spread.role for name, spread in gradients.spread_of.items()}
-        settings = groups_by_role(model, roles, rates, self.weight_decay)
-        return torch.optim.AdamW(settings, betas=(self.beta1, self.beta2), eps=self.eps)
+        """One group per role and decay, and per way to lie over ranks. Updated by torch's fused kernel."""
+        return self.of_groups(groups_by_role(model, roles_of(gradients), self.rates, self.weight_decay))
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Peak learning rate by role."""
+        return {"router": self.router_lr, "experts": self.experts_lr, "other": self.other_lr}
+
+    def of_groups(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW over the groups."""
+        # A dry run's parameters have no storage, which the fused kernel asks for when it is chosen.
+        fused = all(not parameter.is_meta for group in groups for parameter in group["params"])
+        return torch.optim.AdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused or None)
+
+
+def roles_of(gradients: GradientTable) -> dict[str, str]:
+    """Role of each parameter, by name."""
+    return {name: spread.role for name, spread in gradients.spread_of.items()}
 
 
 def groups_by_role(
     model: nn.Module, role_of: Mapping[str, str], rates: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: every trainable parameter in one, by its role and by whether it decays (matrices do, norms and
-    biases don't).
+    """Optimizer groups: every trainable parameter in one, by its role, by whether it decays (matrices do, norms and
+    biases don't) and by the ranks over which it is cut, because torch's fused kernels take one kind of tensor a call.
 
     Args:
         model: whose parameters.
@@ -60,12 +82,13 @@ def groups_by_role(
         rates: learning rate by role.
         weight_decay: of matrices.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() >= 2 and not name.endswith("bias")
-            groups.setdefault((role_of[name], decays), []).append(parameter)
+            cut = str(parameter.device_mesh.mesh_dim_names) if isinstance(parameter, DTensor) else ""
+            groups.setdefault((role_of[name], decays, cut), []).append(parameter)
     return [
         {"name": role, "params": parameters, "lr": rates[role], "weight_decay": weight_decay if decays else 0.0}
-        for (role, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (role, decays, _), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
