@@ -12,7 +12,7 @@ from moedist.mesh.collectives import all_to_all
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
 from moedist.moe.dispatch.rows import Exchange, Reorder, RowsToTokens, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
-from moedist.moe.experts.contract import Rows
+from moedist.moe.experts.contract import Rows, Source
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
 
@@ -80,6 +80,7 @@ class AllToAllDispatcher:
             gate_R=gate_R,
             sizes=tuple(sum(sizes) for sizes in zip(*arriving, strict=True)),
             ends_e=arriving_We.sum(0).cumsum(0).to(torch.int32),
+            source=Source(x_TD, copies.token_R) if self.ep.size == 1 else None,
         )
         ticket = AllToAllTicket(
             token_R=copies.token_R,

@@ -12,7 +12,7 @@ from moedist.mesh import Axis
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
 from moedist.moe.dispatch.rows import Exchange, RowsToTokens, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
-from moedist.moe.experts.contract import Rows
+from moedist.moe.experts.contract import Rows, Source
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
 
@@ -98,6 +98,7 @@ class PaddedDispatcher:
             sizes=(size,) * num_local,
             ends_e=torch.arange(1, num_local + 1, device=row_N.device, dtype=torch.int32) * size,
             uniform=True,
+            source=Source(x_TD, copies.token_R) if self.ep.size == 1 else None,
         )
         ticket = PaddedTicket(copies.token_R, row_N, plan.token_N, plan.pairs_per_token, num_tokens, capacity)
         return Arrived(rows, ticket)

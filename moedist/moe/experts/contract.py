@@ -13,6 +13,19 @@ from moedist.moe.init import Draw
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """What rows are copies of.
+
+    Attributes:
+        x_TD: vectors of this rank.
+        token_R: int64, which of them each row is; -1 at rows that are zeros.
+    """
+
+    x_TD: Tensor
+    token_R: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Token vectors that lie at their experts, expert by expert.
 
@@ -24,6 +37,8 @@ class Rows:
         ends_e: int32, the same on the device: where each expert's rows end. Rows behind the last end carry nothing:
             what is made of them, and their gradients, nobody reads.
         uniform: whether all sizes are equal by construction (fixed slots), so that the rows are a [e, R / e, D] block.
+        source: what the rows are copies of, where that is on this rank: for those who would rather keep that for
+            backward. Gradients go to the rows.
     """
 
     x_RD: Tensor
@@ -31,6 +46,7 @@ class Rows:
     sizes: tuple[int, ...] | None
     ends_e: Tensor
     uniform: bool = False
+    source: Source | None = None
 
     def read_sizes(self) -> tuple[int, ...]:
         """`sizes`; where only the device knows them, the host waits for it."""

@@ -42,8 +42,10 @@ def run_fused(experts: StackedFFN, rows: Rows) -> Tensor:
         value = experts.weight(name)
         return None if value is None else value.to(dtype).contiguous()
 
+    source = rows.source
     y_RD: Tensor = FusedFFN.apply(
         rows.x_RD.contiguous(),
+        *((None, None) if source is None else (source.x_TD.detach().contiguous(), source.token_R)),
         rows.gate_R.contiguous(),
         rows.ends_e,
         *(weight(name) for name in ("up", "gate", "down", "up_bias", "gate_bias")),

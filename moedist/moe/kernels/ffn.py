@@ -1,8 +1,8 @@
 """All feed-forward experts of a rank as one differentiable function, computed by `moedist.moe.kernels.ffn_kernels`.
 
-Its twin, function and gradients, is `moedist.moe.ffn.run_one_by_one`. Saved for backward are the rows, their weights
-and the products in front of the activation, 4 * R * F bytes of them in bf16 with SwiGLU; the hidden vectors are
-computed again in the epilogue of the product that makes their gradient.
+Its twin, function and gradients, is `moedist.moe.ffn.run_one_by_one`. Saved for backward are the rows (or the
+tokens that they are copies of), their weights and the products in front of the activation, 4 * R * F bytes of them in
+bf16 with SwiGLU; the hidden vectors are computed again in the epilogue of the product that makes their gradient.
 
 Forward and backward are operators of torch's own, so that a compiled graph holds them whole and recomputation can keep
 what they made.
@@ -70,6 +70,7 @@ def _(
 def ffn_backward(
     grad_y_RD: Tensor,
     x: Tensor,
+    token_R: Tensor | None,
     gate_R: Tensor,
     ends_e: Tensor,
     up: Tensor,
@@ -80,16 +81,22 @@ def ffn_backward(
     biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the rows, ``gate_R``, ``up``, ``gate``, ``down``, ``up_bias`` and ``gate_bias``; an empty tensor for
-    what is not there."""
+    what is not there.
+
+    Args:
+        grad_y_RD: contiguous.
+        x: the rows, or with ``token_R`` what they are copies of (`moedist.moe.experts.contract.Source`).
+    """
     from moedist.moe.kernels.ffn_kernels import backward
 
-    return backward(grad_y_RD, x, gate_R, ends_e, up, gate, down, products, activation, biased)
+    return backward(grad_y_RD, x, token_R, gate_R, ends_e, up, gate, down, products, activation, biased)
 
 
 @ffn_backward.register_fake
 def _(
     grad_y_RD: Tensor,
     x: Tensor,
+    token_R: Tensor | None,
     gate_R: Tensor,
     ends_e: Tensor,
     up: Tensor,
@@ -103,7 +110,7 @@ def _(
         return up.new_empty(up.shape[0], up.shape[2]) if there else up.new_empty(0)
 
     return (
-        torch.empty_like(x),
+        torch.empty_like(grad_y_RD),
         torch.empty_like(gate_R),
         torch.empty_like(up),
         up.new_empty(0) if gate is None else torch.empty_like(gate),
@@ -114,12 +121,14 @@ def _(
 
 
 class FusedFFN(torch.autograd.Function):
-    """`ffn_forward` with its gradients; arguments as there."""
+    """`ffn_forward` with its gradients; arguments as there, and whose copies the rows are, to be kept instead."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_RD: Tensor,
+        x_TD: Tensor | None,
+        token_R: Tensor | None,
         gate_R: Tensor,
         ends_e: Tensor,
         up: Tensor,
@@ -131,25 +140,18 @@ class FusedFFN(torch.autograd.Function):
     ) -> Tensor:
         keep = any(ctx.needs_input_grad)
         y_RD, products = ffn_forward(x_RD, gate_R, ends_e, up, gate, down, up_bias, gate_bias, activation, keep)
-        ctx.save_for_backward(x_RD, gate_R, ends_e, up, gate, down, products)
+        x = x_RD if x_TD is None else x_TD
+        ctx.save_for_backward(x, token_R, gate_R, ends_e, up, gate, down, products)
         ctx.activation, ctx.biased = activation, up_bias is not None
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, gate_R, ends_e, up, gate, down, products = ctx.saved_tensors
+        x, token_R, gate_R, ends_e, up, gate, down, products = ctx.saved_tensors
         grad_x, grad_gate_R, grad_up, grad_gate, grad_down, grad_up_bias, grad_gate_bias = ffn_backward(
-            grad_RD.contiguous(), x_RD, gate_R, ends_e, up, gate, down, products, ctx.activation, ctx.biased
+            grad_RD.contiguous(), x, token_R, gate_R, ends_e, up, gate, down, products, ctx.activation, ctx.biased
         )
-        return (
-            grad_x,
-            grad_gate_R,
-            None,
-            grad_up,
-            None if gate is None else grad_gate,
-            grad_down,
-            grad_up_bias if ctx.biased else None,
-            grad_gate_bias if ctx.biased and gate is not None else None,
-            None,
-        )
+        of_products = grad_up, None if gate is None else grad_gate, grad_down
+        of_biases = grad_up_bias, None if gate is None else grad_gate_bias
+        return grad_x, None, None, grad_gate_R, None, *of_products, *(of_biases if ctx.biased else (None, None)), None

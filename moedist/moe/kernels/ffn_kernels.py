@@ -80,9 +80,9 @@ def add_product(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def up_kernel(
-    x, token_R, ends, gate_R, up, gate, up_bias, gate_bias, up_out, gate_out, hidden,
+    x, ends, gate_R, up, gate, up_bias, gate_bias, up_out, gate_out, hidden,
     num_rows, dim, hidden_dim, num_experts, rows_class,
-    ACTIVATION: tl.constexpr, INDEXED: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr,
     PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -97,14 +97,8 @@ def up_kernel(
     is_row = row < end
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     is_f = f < hidden_dim
-    if INDEXED:
-        source = tl.load(token_R + row, mask=is_row, other=-1)
-        is_source = source >= 0
-    else:
-        source = row.to(tl.int64)
-        is_source = is_row
     k = tl.arange(0, BLOCK_K)
-    x_tile = x + source[:, None] * dim + k[None, :]
+    x_tile = x + row[:, None].to(tl.int64) * dim + k[None, :]
     of_weight = expert.to(tl.int64) * dim * hidden_dim + k[:, None] * hidden_dim + f[None, :]
     up_tile = up + of_weight
     gate_tile = gate + of_weight
@@ -112,7 +106,7 @@ def up_kernel(
     gate_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
     for done in range(0, dim, BLOCK_K):
         is_k = k < dim - done
-        x_MK = tl.load(x_tile, mask=is_source[:, None] & is_k[None, :], other=0)
+        x_MK = tl.load(x_tile, mask=is_row[:, None] & is_k[None, :], other=0)
         is_weight = is_k[:, None] & is_f[None, :]
         up_sum = add_product(x_MK, tl.load(up_tile, mask=is_weight, other=0), up_sum, PRECISION)
         if ACTIVATION == "swiglu":
@@ -337,9 +331,9 @@ def forward(
     shape = shape_of(num_rows, num_experts, dim, hidden_dim)
     with on(x):
         up_products[by_rows(num_rows, num_experts, hidden_dim)](
-            x, None, ends_e, gate_R, up, or_any(gate, up), up_bias, gate_bias,
+            x, ends_e, gate_R, up, or_any(gate, up), up_bias, gate_bias,
             *(two(products) if keep else (None, None)), hidden_RF, **shape,
-            ACTIVATION=activation, INDEXED=False, BIASED=up_bias is not None, KEPT=keep,
+            ACTIVATION=activation, BIASED=up_bias is not None, KEPT=keep,
         )  # fmt: skip
         row_products[by_rows(num_rows, num_experts, dim)](
             hidden_RF, hidden_RF, ends_e, down, down, y_RD, **shape,
@@ -351,6 +345,7 @@ def forward(
 def backward(
     grad_y_RD: Tensor,
     x: Tensor,
+    token_R: Tensor | None,
     gate_R: Tensor,
     ends_e: Tensor,
     up: Tensor,
@@ -383,8 +378,8 @@ def backward(
             depth=hidden_dim, width=dim, stride_k=1, stride_n=hidden_dim, TWO=gated,
         )  # fmt: skip
         weight_gradients[by_weight(num_experts, dim, hidden_dim)](
-            x, None, ends_e, *grads_of_products, grad_up, grad_gate, grad_up_bias, grad_gate_bias, **by_expert,
-            height=dim, width=hidden_dim, INDEXED=False, TWO=gated, BIASED=biased,
+            x, token_R, ends_e, *grads_of_products, grad_up, grad_gate, grad_up_bias, grad_gate_bias, **by_expert,
+            height=dim, width=hidden_dim, INDEXED=token_R is not None, TWO=gated, BIASED=biased,
         )  # fmt: skip
         weight_gradients[by_weight(num_experts, hidden_dim, dim)](
             hidden_RF, None, ends_e, grad_y_RD, grad_y_RD, grad_down, None, None, None, **by_expert,
