@@ -111,6 +111,10 @@ class EngineConfig(Choice, path="engine"):
         not."""
         return None
 
+    def one_order(self, step: TrainingStep, world_size: int) -> str | None:
+        """Why gradients must arrive in one order on all ranks, as the rest of a sentence; None where they need not."""
+        return None
+
     def check(self, step: TrainingStep, mesh: MeshConfig, world_size: int) -> None:
         """Raises `ConfigError`, with full keys, where this engine cannot run such a step on such a mesh."""
 

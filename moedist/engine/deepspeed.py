@@ -29,6 +29,8 @@ from moedist.config import ConfigError, require
 from moedist.engine.contract import EngineConfig, GradientOf, TrainingStep
 from moedist.engine.deepspeed_json import AUTO, KEY, Merged, merge
 from moedist.mesh import Mesh, MeshConfig
+from moedist.model.attention.mixture import AttentionMixture
+from moedist.moe.modules import ModuleExperts
 from moedist.parallel.gradients import GradientTable
 from moedist.parallel.guest import experts_to_spread
 from moedist.parallel.spread import spread
@@ -92,6 +94,14 @@ class DeepSpeedConfig(EngineConfig):
             "Set it to null and engine.zero_stage to 1 or 2, or set engine=native.",
         )
         self.merged(step, world_size)
+
+    def one_order(self, step: TrainingStep, world_size: int) -> str | None:
+        """At ZeRO 2, or where sums overlap backward, ranks fill the buckets that they sum as gradients arrive."""
+        merged = self.merged(step, world_size)
+        at_once = merged.stage > 1 or merged.settings["zero_optimization"].get("overlap_comm") is True
+        if world_size == 1 or not at_once:
+            return None
+        return f"DeepSpeed at ZeRO {merged.stage} sums gradients over ranks in the order in which they arrive on each"
 
     def merged(self, step: TrainingStep, world_size: int) -> Merged:
         """The JSON and the run as one.
@@ -354,7 +364,8 @@ class Layout:
             plain[parameter] = part
         for group in groups:
             group["params"] = [plain.get(parameter, parameter) for parameter in group["params"]]
-        experts = frozenset(name for name, spread in gradients.spread_of.items() if spread.role == "experts")
+        # Attention's experts lie on every rank, as dense weights do.
+        experts = frozenset(name for name, spread in gradients.spread_of.items() if spread.pieces is not None)
         grid = mesh.device_mesh[edp, "ep"]
         return cls(grid, grid._flatten("dp"), frozenset(names), experts - frozenset(names))
 
@@ -560,13 +571,23 @@ class Lent:
 def spread_for_deepspeed(model: nn.Module, mesh: Mesh) -> Lent:
     """For a script of somebody's own: shards the experts over ``mesh.ep``, in place, and tells DeepSpeed of them.
 
+    For the layers of `moedist.moe.MoEConfig`. Experts that are modules, and those of attention, are called as tokens
+    choose them, so their gradients arrive in another order on each rank, and ZeRO 2 would add up unlike ones.
+
     Call it before ``deepspeed.initialize``, which gets ``model`` and the groups, bare or in an optimizer. DeepSpeed
     then averages every gradient over all ranks, the experts' too: the loss of a step is the mean of the ranks' losses.
 
     Raises:
         ConfigError: a layer cannot be spread over this many ranks.
-        ValueError: no MoE layer, one that is spread already, or a model that is wrapped already.
+        ValueError: no MoE layer, one that is spread already, a model that is wrapped already, or one with experts that
+            tokens choose one by one.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, AttentionMixture | ModuleExperts):
+            raise ValueError(
+                f"{name} calls its experts as tokens choose them, so their gradients arrive in another order on each "
+                "rank, and DeepSpeed's ZeRO 2 would add up unlike ones: train it with spread_as_guest and DDP or FSDP2"
+            )
     import_deepspeed(mesh)
     experts_to_spread(model)
     layout = Layout.take_over(model, [], mesh, spread(model, mesh))

@@ -149,7 +149,10 @@ def _check_layout(config: RunConfig, world_size: int) -> list[ConfigError]:
     step, step_errors = _optimizer_step(config, world_size)
     errors += step_errors
     if step is not None:
-        errors += _check("", config.engine.check, step, config.mesh, world_size)
+        engine_errors = _check("", config.engine.check, step, config.mesh, world_size)
+        errors += engine_errors
+        if not engine_errors and (reason := config.engine.one_order(step, world_size)) is not None:
+            errors += _check("model", config.model.check_order, reason)
     errors += _check("train.optimizer", _check_optimizer, config)
     return errors
 

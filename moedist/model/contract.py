@@ -87,6 +87,9 @@ class ModelConfig(Choice, path="model"):
     def check_alike(self, reason: str) -> None:
         """Raises `ConfigError` where ranks would hold unlike parameters, which ``reason`` forbids."""
 
+    def check_order(self, reason: str) -> None:
+        """Raises `ConfigError` where gradients may arrive in another order on each rank, which ``reason`` forbids."""
+
     def build(
         self,
         vocab_size: int,

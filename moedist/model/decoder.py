@@ -71,6 +71,10 @@ class DecoderConfig(ModelConfig):
         """See the contract."""
         self._check_attentions(lambda attention: attention.check_alike(reason))
 
+    def check_order(self, reason: str) -> None:
+        """See the contract."""
+        self._check_attentions(lambda attention: attention.check_order(reason))
+
     def _check_attentions(self, check: Callable[[AttentionConfig], None]) -> None:
         """Checks every attention, and says of which block an error is."""
         for index, spec in enumerate(self.layers.specs()):

@@ -13,18 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moedist.config import ConfigError
-from moedist.engine.deepspeed import DeepSpeedConfig
+from moedist.config import ConfigError, ConfigErrors
+from moedist.engine.deepspeed import DeepSpeedConfig, spread_for_deepspeed
 from moedist.engine.native import NativeConfig
+from moedist.launch.compose import compose
+from moedist.launch.validate import accepts, validate
+from moedist.mesh import Mesh
 from moedist.mesh.collectives import all_gather
+from moedist.model.attention.experts.hyperbolic import HyperbolicConfig
+from moedist.model.attention.experts.linear import LinearConfig
+from moedist.model.attention.experts.standard import StandardConfig
+from moedist.model.attention.moe import MixedAttentionConfig
 from moedist.model.contract import StepContext
+from moedist.moe.capacity import CapacityConfig
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.router.contract import Router
 from moedist.moe.router.cosine import CosineConfig as CosineRouterConfig
+from moedist.moe.router.mlp import MLPConfig
+from moedist.nn import MoEAttention, MoEAttentionConfig, MoELayer
 from moedist.train.checkpoint.manifest import folder_name
 from moedist.train.config import RunConfig
 from moedist.train.trainer import Trainer
@@ -104,14 +114,21 @@ def moved(
     return results
 
 
-def check_gradients(ranks: Any, ep: int, case: Case, ranks_per_node: int | None = None) -> None:
+def check_gradients(
+    ranks: Any,
+    ep: int,
+    case: Case,
+    ranks_per_node: int | None = None,
+    world: int = 4,
+    stages: tuple[int, ...] = STAGES,
+) -> None:
     known: dict[str, Reference] = {}
-    _, expected = reference(case, 4, known)
+    _, expected = reference(case, world, known)
     norm = math.sqrt(sum(grad.double().square().sum().item() for grad in expected.values()))
     clip = case.config.train.clip_norm / norm
     assert clip < 0.5, "it clips"
-    by_rank = ranks(4).run(moved, ep, case, STAGES, ranks_per_node, limit_s=180)
-    for stage, results in zip(STAGES, zip(*by_rank, strict=True), strict=True):
+    by_rank = ranks(world).run(moved, ep, case, stages, ranks_per_node, limit_s=180)
+    for stage, results in zip(stages, zip(*by_rank, strict=True), strict=True):
         assert len({got for got, _, _ in results}) == 1, "one norm on all ranks"
         assert results[0][0] == pytest.approx(norm, rel=1e-5), f"ZeRO {stage}"
         assert max(apart for _, _, apart in results) == 0, "replicas differ"
@@ -142,6 +159,55 @@ def test_gradients_over_nodes(ranks):
 @pytest.mark.parametrize(("ep", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 3), (4, 3)])
 def test_gradients_of_other_parts(ranks, ep: int, accumulation: int):
     check_gradients(ranks, ep, case_of(accumulation, fancy=True))
+
+
+def routed_attention(config: RunConfig) -> MixedAttentionConfig:
+    return MixedAttentionConfig(
+        num_heads=2,
+        experts=(StandardConfig(rope_theta=1e4), HyperbolicConfig(learnable=True), LinearConfig(), StandardConfig()),
+        router=MLPConfig(hidden_dim=6, noise_std=0.3),
+        capacity=CapacityConfig(factor=1.0),
+        balance=config.moe.balance,
+        dropout=0.2,
+        bank="replicated",  # as `auto` is where the run's engine is this one
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+def test_gradients_of_mixtures_of_attention_experts(ranks, world: int, ep: int):
+    """Routed attention in every block, beside MoE layers: its experts lie on every rank, as dense weights do."""
+    case = case_of(2, fancy=False)
+    config = changed(case.config, model={"attention": routed_attention(case.config)})
+    check_gradients(ranks, ep, dataclasses.replace(case, config=config), world=world, stages=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("engine", "refused"),
+    [
+        ([], False),
+        (["engine.zero_stage=0"], False),
+        (["engine.zero_stage=2"], True),
+        (["+engine.config={zero_optimization: {overlap_comm: true}}"], True),
+    ],
+)
+def test_sums_in_the_order_of_arrival_are_refused_to_mixtures(engine: list[str], refused: bool):
+    """Ranks call other experts, and would add up the gradients of unlike ones: at ZeRO 2 they did, without an error."""
+    overrides = ["engine=deepspeed", *engine, "launch.nproc=2", "mesh.ep=2"]
+    assert accepts(compose(overrides).config, 2)
+    composed = compose([*overrides, "model/attention=moe"])
+    assert accepts(composed.config, 2) is not refused
+    if refused:
+        with pytest.raises(ConfigErrors, match=r"model.attention.kind = 'moe' calls experts as tokens choose them"):
+            validate(composed.config, composed.mapping, 2)
+
+
+def test_experts_that_tokens_choose_one_by_one_are_refused_to_scripts():
+    layer = MoELayer([nn.Linear(4, 4), nn.Linear(4, 4)], nn.Linear(4, 2), 4)
+    attention = MoEAttention(MoEAttentionConfig(dim=4, num_heads=1, num_experts=1, top_k=1, expert_types=("linear",)))
+    for model, name in ((nn.Sequential(layer), "0.moe.bank.experts"), (attention, "mixture")):
+        with pytest.raises(ValueError, match=f"^{name} calls its experts as tokens choose them"):
+            spread_for_deepspeed(model, Mesh.alone())
 
 
 # Steps
@@ -334,6 +400,17 @@ def test_their_checkpoints_are_ours(ranks, tmp_path: Path):
 
 def test_native_to_deepspeed(ranks, tmp_path: Path):
     check_resume(ranks, (4, 4, NATIVE), [(4, 2, ZERO[2]), (2, 2, ZERO[1])], tmp_path)
+
+
+@pytest.mark.slow
+def test_mixtures_of_attention_experts_resume(ranks, tmp_path: Path):
+    config = config_of(ZERO[1], world=2, accumulation=1)
+    config = changed(config, model={"attention": routed_attention(config)})
+    whole = ranks(2).run(trained, config, 2, tmp_path, 2, 4)[0][2:]
+    for engine in (ZERO[1], ZERO[0], NATIVE):
+        for rows in ranks(2).run(trained, dataclasses.replace(config, engine=engine), 2, tmp_path, None, 4):
+            for row, expected in zip(rows, whole, strict=True):
+                assert row == pytest.approx(expected, abs=0 if engine is ZERO[1] else 1e-5)
 
 
 @pytest.mark.slow

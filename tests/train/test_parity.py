@@ -106,12 +106,13 @@ def one_device(config: RunConfig, num_rows: int, micro_batch: int) -> Reference:
     total, counts = 0.0, StepCounts()
     for batch in batches:
         output = spread.model(batch, StepContext(config.seed, torch.tensor(0), num_tokens, True, counts))
-        counts = counts.after(output.reports)
+        reports = (*output.reports, *output.attention_reports)
+        counts = counts.after(reports)
         loss = cross_entropy(output.logits_BSV.flatten(0, 1), batch.target_BS.flatten(), reduction="sum") / num_targets
         total += loss.item()
-        for report in output.reports:
+        for report in reports:
             for name, value in report.losses.items():
-                loss = loss + config.moe.balance[name].coefficient * value
+                loss = loss + report.coefficients[name] * value
         loss.backward()
     return total, {name: parameter.grad for name, parameter in spread.model.named_parameters()}
 

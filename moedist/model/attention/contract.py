@@ -114,6 +114,10 @@ class AttentionConfig(Choice, path="model.attention"):
     def check_alike(self, reason: str) -> None:
         """Raises `ConfigError` where it would give ranks unlike parameters, which ``reason`` forbids."""
 
+    def check_order(self, reason: str) -> None:
+        """Raises `ConfigError` where its gradients may arrive in another order on each rank, which ``reason``
+        forbids."""
+
     def build(
         self,
         dim: int,

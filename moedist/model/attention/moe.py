@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from moedist.config import require
+from moedist.config import ConfigError, require
 from moedist.model.attention.contract import Attention, AttentionConfig, AttentionContext, AttentionOutput
 from moedist.model.attention.experts.contract import AttentionExpert
 from moedist.model.attention.mixture import MixtureConfig
@@ -38,6 +38,16 @@ class MixedAttentionConfig(MixtureConfig, AttentionConfig):
     def check_alike(self, reason: str) -> None:
         """Refuses ``gathered``."""
         self.check_ep(self.num_experts, reason)
+
+    def check_order(self, reason: str) -> None:
+        """Refuses: an expert that no token of a rank chose is not called there."""
+        raise ConfigError(
+            "kind",
+            self.kind,
+            "calls experts as tokens choose them, so their gradients arrive in another order on each rank, and "
+            + reason,
+            "Set engine.zero_stage to 1 or 0, without overlap_comm, or engine=native.",
+        )
 
     def build(
         self,
