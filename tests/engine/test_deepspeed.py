@@ -28,6 +28,8 @@ from moedist.model.attention.experts.standard import StandardConfig
 from moedist.model.attention.moe import MixedAttentionConfig
 from moedist.model.contract import StepContext
 from moedist.moe.capacity import CapacityConfig
+from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.budget import BudgetConfig
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.experts.grouped import GroupedConfig
@@ -344,6 +346,32 @@ def local(state: Any) -> Any:
 @pytest.mark.parametrize("poison", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing(ranks, poison: float):
     assert ranks(4).run(poisoned, poison) == [[(True, True, True)] * len(STAGES)] * 4
+
+
+def under_a_budget(here: Here, stage: int, factor: float) -> tuple[float, list[int]]:
+    """The worst difference of the state after three steps from all_to_all's, and the attempts of each step."""
+    states, attempts = [], []
+    for dispatch in (AllToAllConfig(), BudgetConfig(factor)):
+        config = changed(
+            config_of(DeepSpeedConfig(stage), here.world), moe={"dispatch": dispatch}, capacity={"factor": None}
+        )
+        trainer = run_of(here, config, ep=2)
+        with closing(trainer.engine):
+            loader, attempts = trainer.loader(), []
+            for _ in range(3):
+                before = trainer.measures.spilled_steps
+                trainer.step(loader)
+                attempts.append(1 + trainer.measures.spilled_steps - before)
+            states.append(dict(leaves(local(trainer.engine.state()))))
+    plain, budget = states
+    return max((value - plain[name]).abs().max().item() for name, value in budget.items()), attempts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_spills_is_run_again(ranks, stage: int):
+    """Weights and moments, to the bit; the first step alone does not hold its budget."""
+    assert ranks(2).run(under_a_budget, stage, 1.2, limit_s=200) == [(0.0, [2, 1, 1])] * 2
 
 
 # Checkpoints
