@@ -17,6 +17,7 @@ from moedist.estimate.shape import Layout, shape_of
 from moedist.estimate.traffic import even_spread, read_spreads, traffic_of
 from moedist.log.config import TraceConfig
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
+from moedist.moe.dispatch.budget import BudgetConfig
 from moedist.moe.dispatch.contract import DispatchConfig
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.trace import LayerTrace, StepTrace, write_part
@@ -59,6 +60,17 @@ def test_recorded_routing_counts_distinct_ranks_and_the_fullest(tmp_path: Path):
     even = traffic_of(SHAPE, LAYOUT, 2)[1]
     ratio = 1.5 / even_spread(8, 2, EP, 2).ranks
     assert traffic.per_rank.total == pytest.approx(even.per_rank.total * ratio)
+
+
+def test_a_budget_bounds_rows_whatever_the_routing(tmp_path: Path):
+    record(tmp_path, torch.zeros(LAYOUT.tokens * EP, 2, dtype=torch.int64) + torch.tensor([0, 1]))
+    shape = shape_of(changed(TINY, moe={"dispatch": BudgetConfig(1.5)}), 37)
+    even = traffic_of(shape, LAYOUT, 2)[1]
+    assert even.rows.sent == even.rows.arrived == 1.5 * LAYOUT.tokens * 2
+    spreads = read_spreads(tmp_path, shape, LAYOUT, ranks_per_node=2)
+    skewed = traffic_of(shape, LAYOUT, 2, spreads)[1]
+    assert spreads[1].heaviest == 4.0 and skewed.rows == even.rows and skewed.chosen == even.chosen
+    assert even.chosen.total > 1.5 * even.per_pair.total
 
 
 def test_skew_needs_more_memory_and_time(tmp_path: Path):
