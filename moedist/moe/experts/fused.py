@@ -50,6 +50,7 @@ def run_fused(experts: StackedFFN, rows: Rows) -> Tensor:
         rows.ends_e,
         *(weight(name) for name in ("up", "gate", "down", "up_bias", "gate_bias")),
         experts.config.activation,
+        torch.is_grad_enabled(),
     )
     if (bias := experts.weight("down_bias")) is not None:
         y_RD = y_RD + (bias_of_rows(bias, rows) * rows.gate_R[:, None]).to(dtype)

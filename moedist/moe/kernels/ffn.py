@@ -137,8 +137,8 @@ class FusedFFN(torch.autograd.Function):
         up_bias: Tensor | None,
         gate_bias: Tensor | None,
         activation: str,
+        keep: bool,
     ) -> Tensor:
-        keep = any(ctx.needs_input_grad)
         y_RD, products = ffn_forward(x_RD, gate_R, ends_e, up, gate, down, up_bias, gate_bias, activation, keep)
         x = x_RD if x_TD is None else x_TD
         ctx.save_for_backward(x, token_R, gate_R, ends_e, up, gate, down, products)
@@ -154,4 +154,14 @@ class FusedFFN(torch.autograd.Function):
         )
         of_products = grad_up, None if gate is None else grad_gate, grad_down
         of_biases = grad_up_bias, None if gate is None else grad_gate_bias
-        return grad_x, None, None, grad_gate_R, None, *of_products, *(of_biases if ctx.biased else (None, None)), None
+        return (
+            grad_x,
+            None,
+            None,
+            grad_gate_R,
+            None,
+            *of_products,
+            *(of_biases if ctx.biased else (None, None)),
+            None,
+            None,
+        )

@@ -40,6 +40,8 @@ ONE_SUM = tiles(
     (32, 32, 32, 4, 2),
 )  # fmt: skip
 NARROWEST = min(config.kwargs["BLOCK_N"] for config in ONE_SUM)
+MOST_ROOM = 160 * 1024
+"""Bytes that the tiles of a pipeline may take: Hopper has 227 KiB, and some kernels load two matrices at once."""
 KEY = ["dim", "hidden_dim", "num_experts", "rows_class"]
 """What the fastest configuration is chosen for, beside the dtypes; `rows_class` says the rows per expert."""
 
@@ -300,10 +302,23 @@ def weight_gradient_kernel(
             tl.store(bias_2 + expert * width + n, bias_sum_2.to(out.dtype.element_ty), mask=is_bias)
 
 
+def fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """Those whose tiles have room beside a processor; of wide types the others would only be compiled, for minutes, to
+    be refused. The last always stays."""
+    itemsize = next(value.element_size() for value in arguments.values() if isinstance(value, Tensor))
+
+    def room(config: triton.Config) -> int:
+        tile = config.kwargs
+        return (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize * config.num_stages
+
+    return [config for config in configs[:-1] if room(config) <= MOST_ROOM] + configs[-1:]
+
+
 def tuned(kernel: Any, configs: list[triton.Config], reset: list[str] | None = None) -> Any:
     """The kernel in the fastest of these configurations for each `KEY`, found at its first call and kept on disk by
     Triton."""
-    return triton.autotune(configs, key=KEY, reset_to_zero=reset, cache_results=True)(kernel)
+    prune = {"early_config_prune": fitting}
+    return triton.autotune(configs, key=KEY, prune_configs_by=prune, reset_to_zero=reset, cache_results=True)(kernel)
 
 
 up_products = tuned(up_kernel, TWO_SUMS)

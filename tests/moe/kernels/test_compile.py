@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 TYPES = {
@@ -59,6 +60,20 @@ def test_products_compile_ahead_of_time(target, activation):
             assert asm["hsaco" if target.startswith("gfx") else "cubin"]
             if (target, dtype) == ("sm_90", "bf16"):
                 assert "wgmma.mma_async" in asm["ptx"], "Hopper's tensor cores must be used"
+
+
+def test_wide_types_try_fewer_tilings():
+    pytest.importorskip("triton")
+    from moedist.moe.kernels.ffn_kernels import row_products, up_products
+
+    for kernel in (up_products, row_products):
+        counts = []
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            kernel.nargs = {"x": torch.zeros(1, dtype=dtype), "dim": 1}
+            chosen = kernel.prune_configs({})
+            counts.append(len(chosen))
+            assert chosen[-1] is kernel.configs[-1]
+        assert counts[0] == len(kernel.configs) > counts[1] > counts[2] >= 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from moedist.moe.experts.contract import Rows
 from moedist.moe.experts.fused import FusedConfig
 from moedist.moe.experts.grouped import GroupedConfig
 from moedist.moe.experts.loop import LoopConfig
+from moedist.moe.kernels import ffn
 from moedist.moe.kernels.device import why_not
 from moedist.moe.layer import MoEConfig, experts_notes
 from moedist.moe.router.topk import TopKConfig
@@ -106,8 +108,9 @@ def saved(here: Here) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
         y_RD = experts(rows)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(ffn, "ffn_forward", wraps=ffn.ffn_forward) as forward:
         assert torch.equal(experts(rows), y_RD)
+    assert forward.call_args.args[-1] is False, "products were kept for a backward that cannot come"
     return sum(kept.values())
 
 
