@@ -29,7 +29,7 @@ install_programs() {
         fail "apt-get could not install ${missing[*]}. See above."
 }
 
-prepare_venv test,reference,slow,sweeps,kernels
+prepare_venv test,reference,slow,sweeps,kernels,torchao
 export PATH="$PATH:/usr/sbin" # where Debian keeps those of administrators
 install_programs
 selected="gpu or not gpu"

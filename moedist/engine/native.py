@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moedist.config import require
 from moedist.engine.contract import EngineConfig, GradientOf, TrainingStep
@@ -107,11 +109,19 @@ class NativeEngine:
         """``model.<parameter>`` and ``optimizer.<parameter>.<moment>``."""
         if not self.optimizer.state:
             self._make_optimizer_state()
-        moments = {self.name_of[parameter]: dict(state) for parameter, state in self.optimizer.state.items()}
+        moments = {
+            self.name_of[parameter]: {key: in_full(value) for key, value in state.items()}
+            for parameter, state in self.optimizer.state.items()
+        }
         return {"model": self.model.state_dict(), "optimizer": moments}
 
     def restore(self, state: dict[str, Any], num_steps: int) -> None:
-        """Nothing: the state's tensors are the live ones."""
+        """Takes over moments that the optimizer keeps in fewer bits; all other tensors are the live ones."""
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():
+                given = state["optimizer"][self.name_of[parameter]][key]
+                if given is not value:
+                    local(value).copy_(local(given))
 
     def notes(self) -> Sequence[str]:
         """None."""
@@ -138,4 +148,22 @@ class NativeEngine:
             group["lr"] = rate
         for state in self.optimizer.state.values():
             for value in state.values():
-                value.zero_()
+                local(value).copy_(torch.zeros_like(local(in_full(value))))
+
+
+def in_full(value: Tensor) -> Tensor:
+    """A moment as a checkpoint holds it: itself, or the numbers that a tensor of fewer bits (torchao's) stands for."""
+    narrow = local(value)
+    if not is_traceable_wrapper_subclass(narrow):
+        return value
+    wide: Tensor = narrow.dequantize(torch.float32)
+    if not isinstance(value, DTensor):
+        return wide
+    return DTensor.from_local(
+        wide, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+def local(value: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return value.to_local() if isinstance(value, DTensor) else value

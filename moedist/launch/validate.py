@@ -163,7 +163,7 @@ def _check_optimizer(config: RunConfig) -> None:
         config.train.optimizer.element_by_element or reason is None,
         "kind",
         config.train.optimizer.kind,
-        f"needs whole matrices, and {reason}",
+        f"does not update each number for itself, and {reason}",
         "Set train/optimizer to adamw, or engine to native without engine.offload.",
     )
 
