@@ -148,7 +148,7 @@ def cases_hold(here: Here, ep: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("ep", [*(pytest.param(ep, marks=pytest.mark.slow) for ep in (1, 2)), 4])
 def test_ranks_equal_one_device(ranks, ep: int):
     assert max(ranks(4).run(cases_hold, ep)) <= 1e-12
 
