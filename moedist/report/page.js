@@ -14,13 +14,13 @@ const CHARTS = {
     { title: "Throughput", unit: "tokens/s", keys: [["train/tokens_per_s", ""]], ticks: "~s", zero: true },
   ],
   Balance: [
-    { title: "MaxVio", unit: "largest load / mean load - 1, worst layer", hint: "0 is balanced; E - 1 means that one expert has everything.", keys: [["moe/max_vio", ""], ["attention/max_vio", "attention"]], zero: true },
-    { title: "Drop rate", unit: "share of pairs that no expert computed", hint: "Falls to a few percent or 0 as balance sets in.", keys: [["moe/drop_rate", ""], ["attention/drop_rate", "attention"]], ticks: ".1~%", zero: true },
-    { title: "Dead experts", unit: "experts, over all layers", hint: "Without a pair in the last log.dead_window steps.", keys: [["moe/dead_experts", ""], ["attention/dead_experts", "attention"]], counts: true, zero: true },
+    { title: "MaxVio", unit: "largest load / mean load - 1, worst layer", hint: "0 is balanced; E - 1 means that one expert has everything.", keys: [["moe/max_vio", "feed-forward"], ["attention/max_vio", "attention"]], zero: true },
+    { title: "Drop rate", unit: "share of pairs that no expert computed", hint: "Falls to a few percent or 0 as balance sets in.", keys: [["moe/drop_rate", "feed-forward"], ["attention/drop_rate", "attention"]], ticks: ".1~%", zero: true },
+    { title: "Dead experts", unit: "experts, over all layers", hint: "Without a pair in the last log.dead_window steps.", keys: [["moe/dead_experts", "feed-forward"], ["attention/dead_experts", "attention"]], counts: true, zero: true },
     { title: "Capacity used", unit: "share of the slots that hold a pair", hint: "1 / capacity factor x (1 - drop rate).", keys: [["moe/capacity_used", ""]], ticks: ".1~%", zero: true },
     { title: "Entropy", unit: "share of its maximum", hint: "Load near 1 is balanced; a router between 0 and 1 has preferences.", keys: [["moe/load_entropy", "load"], ["moe/router_entropy", "router"]] },
-    { title: "Balance loss", unit: "unscaled, mean over layers", hint: "1 for uniform routing, E for a collapsed one.", keys: [["moe/balance_loss", ""], ["attention/balance_loss", "attention"]] },
-    { title: "Router z-loss", unit: "unscaled, mean over layers", hint: "Grows when logits drift.", keys: [["moe/z_loss", ""]], zero: true },
+    { title: "Balance loss", unit: "unscaled, mean over layers", hint: "1 for uniform routing, E for a collapsed one.", keys: [["moe/balance_loss", "feed-forward"], ["attention/balance_loss", "attention"]] },
+    { title: "Router z-loss", unit: "unscaled, mean over layers", hint: "Grows when logits drift.", keys: [["moe/z_loss", "feed-forward"], ["attention/z_loss", "attention"]], zero: true },
   ],
   Steps: [
     { title: "Gradient norm", unit: "2-norm before the clip", keys: [["train/grad_norm", ""]], zero: true },
@@ -122,7 +122,7 @@ function lineChart(spec) {
         const drawn = sparse ? pairs.filter(([, y]) => y !== null) : pairs;
         traces.push({
           x: drawn.map(([x]) => x), y: drawn.map(([, y]) => y), mode: sparse || drawn.length < 3 ? "lines+markers" : "lines",
-          name: plain([single ? "" : run.name, name].filter(Boolean).join(", ") || spec.title), line: { color: shade, width: 2, dash: style }, marker: { size: 6 },
+          name: plain([single ? "" : run.name, keys.length > 1 ? name : ""].filter(Boolean).join(", ") || spec.title), line: { color: shade, width: 2, dash: style }, marker: { size: 6 },
         });
       });
     }
