@@ -87,3 +87,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(ReportError, match=r"pip install 'moedist\[report\]'"):
         page.charting_library()
+
+
+def test_lines_that_share_a_chart_have_names():
+    script = (Path(page.__file__).parent / "page.js").read_text(encoding="utf-8")
+    charts = [json.loads(keys) for keys in re.findall(r"keys: (\[\[.*?\]\])", script)]
+    assert len(charts) > 10
+    assert all(name for keys in charts if len(keys) > 1 for _, name in keys)
