@@ -176,7 +176,7 @@ def test_R1_16_number_of_parameters():
     assert layer.num_parameters() == layer.num_parameters(local=True) == 1000 + 8 * 5000
 
 
-@pytest.mark.requirement("R1-17", "D7")
+@pytest.mark.requirement("R1-02", "R1-17", "D7")
 @pytest.mark.parametrize("top_k", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_R1_17_compiles_into_one_graph(top_k: int):
     """Dense routing too, where a graph once held a top-0 softmax of zeros; balance loss and diagnostics included."""
@@ -300,7 +300,7 @@ def test_R1_27_idle_experts_under_an_optimizer(optimizer: str):
     assert idle == 3
 
 
-@pytest.mark.requirement("R1-33", "D7")
+@pytest.mark.requirement("R1-02", "R1-33", "D7")
 @pytest.mark.parametrize("top_k", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_R1_33_export_round_trip(top_k: int, tmp_path):
     layer, x = layer_of(top_k=top_k, dispatch=PaddedConfig()).eval(), vectors(2, 4)
@@ -400,6 +400,7 @@ def test_R1_45_builder(wrong: dict):
     assert (layer.num_experts, layer.top_k, layer.use_aux_loss, layer.aux_loss_weight) == (4, 4, True, 0.01)
 
 
+@pytest.mark.requirement("R1-02")
 def test_R1_46_whole_model():
     """With an output layer where widths differ; one seed, one model; Adam with AMSGrad, and the clip."""
 
