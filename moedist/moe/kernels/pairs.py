@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 MOST_EXPERTS = 1024
 """That a program holds at once; more of them, or of buckets, go the way of the twins."""
@@ -95,6 +94,28 @@ def _(
     return torch.empty_like(score_TE)
 
 
+def gradient_of_logits(
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    grad_score_TE: Tensor,
+    grad_gate_TK: Tensor,
+    score: str,
+    renormalize: bool,
+    eps: float,
+) -> Tensor:
+    """`choose_gradient` in torch, to be differentiated again."""
+    if renormalize:
+        score_TK = score_TE.gather(1, expert_TK)
+        sum_T1 = score_TK.sum(1, keepdim=True)
+        divisor_T1 = sum_T1.clamp_min(eps)
+        shared_T1 = (score_TK * grad_gate_TK).sum(1, keepdim=True) / divisor_T1
+        grad_gate_TK = (grad_gate_TK - torch.where(sum_T1 >= eps, shared_T1, 0)) / divisor_T1
+    grad_TE = grad_score_TE.scatter_add(1, expert_TK, grad_gate_TK)
+    if score == "softmax":
+        return score_TE * (grad_TE - (score_TE * grad_TE).sum(1, keepdim=True))
+    return grad_TE * score_TE * (1 - score_TE)
+
+
 class Choose(torch.autograd.Function):
     """`choose` with its gradient."""
 
@@ -109,8 +130,11 @@ class Choose(torch.autograd.Function):
         return score_TE, expert_TK, gate_TK
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_score_TE: Tensor, _: Any, grad_gate_TK: Tensor) -> tuple[Tensor | None, ...]:
         score_TE, expert_TK = ctx.saved_tensors
-        grads = grad_score_TE.contiguous(), grad_gate_TK.contiguous()
-        return choose_gradient(score_TE, expert_TK, *grads, *ctx.rules), None, None, None, None
+        if torch.is_grad_enabled():  # somebody wants second derivatives
+            grad_TE = gradient_of_logits(score_TE, expert_TK, grad_score_TE, grad_gate_TK, *ctx.rules)
+        else:
+            grads = grad_score_TE.contiguous(), grad_gate_TK.contiguous()
+            grad_TE = choose_gradient(score_TE, expert_TK, *grads, *ctx.rules)
+        return grad_TE, None, None, None, None

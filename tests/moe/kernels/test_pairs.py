@@ -10,10 +10,11 @@ import torch
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.rows import sum_pairs, take
 from moedist.moe.kernels import device
+from moedist.moe.kernels.pairs import Choose
 from moedist.moe.plan import place_in_bucket
 from moedist.moe.router.forced import ForcedConfig
 from moedist.moe.router.topk import TopKConfig
-from moedist.moe.token_choice import GroupLimit
+from moedist.moe.token_choice import EPS, GroupLimit
 from tests.moe.kernels.conftest import by_twins
 from tests.ranks import Here
 
@@ -57,6 +58,23 @@ def choices(here: Here, device: str = "cpu") -> None:
 
 def test_the_same_experts_are_chosen(interpreter):
     interpreter(1).run(choices)
+
+
+def second_derivatives(here: Here) -> None:
+    logits_TE = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for score, renormalize in itertools.product(("softmax", "sigmoid"), (False, True)):
+
+        def call(
+            logits_TE: torch.Tensor, rules: tuple[object, ...] = (2, score, renormalize, EPS)
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            score_TE, _, gate_TK = Choose.apply(logits_TE, *rules)
+            return score_TE, gate_TK
+
+        assert torch.autograd.gradcheck(call, (logits_TE,)) and torch.autograd.gradgradcheck(call, (logits_TE,))
+
+
+def test_a_choice_has_second_derivatives(interpreter):
+    interpreter(1).run(second_derivatives)
 
 
 def kernels_of(here: Here) -> list[bool]:
