@@ -320,16 +320,22 @@ def measure_logging(args: argparse.Namespace) -> int:
     from moedist.bench.rounds import QUOTABLE
     from moedist.config import require
     from moedist.launch.compose import compose
+    from moedist.launch.start import plan_ranks
 
     require(args.pairs >= 4, "--pairs", args.pairs, "are too few for a spread", "Take 4 or more.")
     config = compose(["launch.nproc=1", "mesh.ep=1", *args.overrides, "log.sinks.wandb.mode=offline"]).config
     on_cuda = config.mesh.device != "cpu" and torch.cuda.is_available()
+    # One of the recipe's ranks, with its share of the cores: on all of them its steps would be shorter than any run's.
+    threads = plan_ranks(compose(args.overrides).config.launch, config.mesh.device).threads
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         cost = measure_logging(config, Path(folder), args.pairs, torch.device("cuda" if on_cuda else "cpu"))
     if args.json:
         print(json.dumps(dataclasses.asdict(cost) | {"quotable": cost.quotable}))
         return 0
-    print(f"step    {1e3 * cost.plain_s:.1f} ms without a record ({cost.device}, {cost.ranks} rank)")
+    print(
+        f"step    {1e3 * cost.plain_s:.1f} ms without a record ({cost.device}, {cost.ranks} rank, {threads} thread{'s' * (threads > 1)})"
+    )
     print(f"record  {cost.cost:+.2%} of a step, quartiles {cost.spread:.1%} apart, {cost.pairs} pairs")
     if not cost.quotable:
         print(f"not to be quoted: the spread is above {QUOTABLE:.0%}; measure again on a quiet machine")

@@ -11,7 +11,7 @@ not finite stays what it is; sinks write it in their own safe way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -167,19 +167,34 @@ def moe_metrics(moe: MoEStep, step: int, dead_window: int, family: str = MOE) ->
         limited_L = moe.room_L > 0
         totals["capacity_used"] = capacity_used(kept_LE.sum(1)[limited_L].sum(), moe.room_L.sum())
     norms = {f"expert_{name}": norm_LE.double().square().mean(1).sqrt() for name, norm_LE in moe.norm_LE.items()}
-    totals |= {name: value_L.mean() for name, value_L in averaged.items()}
-    totals |= {name: value_L.max() for name, value_L in worst.items()}
-    totals |= {name: value_L.sum() for name, value_L in counted.items()}
-    totals |= {name: norm_L.square().mean().sqrt() for name, norm_L in norms.items()}
-    totals |= {f"{name}_scaled": value_L.sum() for name, value_L in _losses(moe.loss_names, moe.scaled_LJ).items()}
-    columns = averaged | worst | counted | shares | norms
+    scaled = {f"{name}_scaled": value_L for name, value_L in _losses(moe.loss_names, moe.scaled_LJ).items()}
     record: dict[str, Value] = {f"{family}/{name}": value.item() for name, value in totals.items()}
+    # Of all quantities of a kind at once: a record's time is that of its many small operations.
+    kinds: tuple[tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor] | None], ...] = (
+        (averaged, lambda value_QL: value_QL.mean(1)),
+        (worst, lambda value_QL: value_QL.amax(1)),
+        (counted, lambda value_QL: value_QL.sum(1)),
+        (scaled, lambda value_QL: value_QL.sum(1)),
+        (norms, lambda value_QL: value_QL.square().mean(1).sqrt()),
+        (shares, None),
+    )
+    for columns, over_layers in kinds:
+        if not columns:
+            continue
+        value_QL = torch.stack(list(columns.values()))
+        if over_layers is not None:
+            record |= _named(f"{family}/", columns, over_layers(value_QL).tolist())
+        if columns is not scaled:
+            record |= _named(f"{family}/layers/", columns, value_QL.tolist())
     record[f"{family}/layers/block"] = list(moe.blocks)
-    record |= {f"{family}/layers/{name}": value_L.tolist() for name, value_L in columns.items()}
     names = ("load", "kept", *(f"dropped_{reason}" for reason in DROP_REASONS))
     record |= {f"{family}/experts/{name}": moe.count_LME[:, place].numpy() for place, name in enumerate(names)}
     record |= {f"{family}/experts/{name}": norm_LE.float().numpy() for name, norm_LE in moe.norm_LE.items()}
     return record
+
+
+def _named(prefix: str, names: Iterable[str], values: Iterable[Value]) -> dict[str, Value]:
+    return {f"{prefix}{name}": value for name, value in zip(names, values, strict=True)}
 
 
 def _losses(names: Sequence[str], loss_LJ: Tensor) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Measures:
         self.attention_tally = self._tally(spread.model.attention_blocks, experts)
         self.clock = StepClock(mesh.device)
         self._norms = ExpertNorms(self.moe_layers, spread.model, spread.gradients)
+        self._label, self._may_spill = routing_label(spread.model), may_spill(spread.model)
         self.peak_flops: float | None = None
         self.spilled_steps = 0
         self._seconds, self._tokens = 0.0, 0  # of the steps since the last record
@@ -158,7 +159,7 @@ class Measures:
             data_wait=float(total.extra["data_s"]) / self.mesh.dp.size / max(self._seconds, 1e-9),
             flops_per_token=self.spread.flops_per_token,
             peak_flops=self.peak_flops,
-            spilled_steps=self.spilled_steps if may_spill(self.spread.model) else None,
+            spilled_steps=self.spilled_steps if self._may_spill else None,
         )
         self._seconds, self._tokens, self.clock.data_s, self.spilled_steps = 0.0, 0, 0.0, 0
         if "seconds" in total.extra:
@@ -175,8 +176,8 @@ class Measures:
         if self.mixtures and (mixed := self.attention_tally.reduce(self.mesh.dp).moe) is not None:
             mixed = dataclasses.replace(mixed, bias_LE=self._bias(self.mixtures))
             record |= moe_metrics(mixed, step, self.config.log.dead_window, ATTENTION)
-        if (label := routing_label(self.spread.model)) is not None:
-            record["moe/routing"] = label
+        if self._label is not None:
+            record["moe/routing"] = self._label
         return record
 
     def _reduce(self) -> StepSum:

@@ -71,7 +71,7 @@ class JsonlSink(Sink):
     def write(self, record: Mapping[str, Value]) -> None:
         replayed = {"replayed": True} if step_of(record) in self._held else {}
         row = {key: _short(value) for key, value in record.items() if not isinstance(value, np.ndarray)}
-        line = json.dumps(json_safe({**row, **replayed}), allow_nan=False).encode() + b"\n"
+        line = json_line({**row, **replayed})
         begin = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
@@ -133,6 +133,14 @@ def _short(value: Value) -> Value:
     if not isinstance(value, list):
         return value
     return [float(f"{number:.{DIGITS}g}") if isinstance(number, float) else number for number in value]
+
+
+def json_line(row: Mapping[str, Value]) -> bytes:
+    """One line of the file; the look at every number is for rows that need it."""
+    try:
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
+    except ValueError:
+        return json.dumps(json_safe(row), allow_nan=False).encode() + b"\n"
 
 
 def json_safe(value: Any) -> Any:
