@@ -333,9 +333,8 @@ def measure_logging(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(cost) | {"quotable": cost.quotable}))
         return 0
-    print(
-        f"step    {1e3 * cost.plain_s:.1f} ms without a record ({cost.device}, {cost.ranks} rank, {threads} thread{'s' * (threads > 1)})"
-    )
+    where = f"{cost.device}, {cost.ranks} rank, {threads} thread{'s' * (threads > 1)}"
+    print(f"step    {1e3 * cost.plain_s:.1f} ms without a record ({where})")
     print(f"record  {cost.cost:+.2%} of a step, quartiles {cost.spread:.1%} apart, {cost.pairs} pairs")
     if not cost.quotable:
         print(f"not to be quoted: the spread is above {QUOTABLE:.0%}; measure again on a quiet machine")
