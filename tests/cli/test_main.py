@@ -130,6 +130,7 @@ def test_json_keeps_standard_output_for_scripts(tmp_path: Path, started: list, c
     assert started[0]["terminal"] is sys.stderr
 
 
+@pytest.mark.slow
 def test_1024_ranks_are_planned_on_one_machine(started: list, capsys: Output):
     command = ["train", "--dry-run", "launch.nnodes=128", "launch.nproc=8", "mesh.ep=64"]
     assert main(command) == 2

@@ -105,7 +105,7 @@ def interrupted(folder: Path) -> Story:
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Two at a time: each start costs seconds of imports."""
     with ThreadPoolExecutor(2) as pool:
-        tellers = (stopped_and_killed, uninterrupted, interrupted)
+        tellers = (stopped_and_killed, uninterrupted)
         futures = {teller.__name__: pool.submit(teller, tmp_path_factory.mktemp("story") / "run") for teller in tellers}
     yield futures
     for future in futures.values():
@@ -129,9 +129,9 @@ def chain(stories) -> Story:
     return stories["stopped_and_killed"].result()
 
 
-@pytest.fixture
-def outside(stories) -> Story:
-    return stories["interrupted"].result()
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    return interrupted(tmp_path_factory.mktemp("story") / "run")
 
 
 def test_a_run_leaves_its_folder(whole: Story):
@@ -276,6 +276,7 @@ def test_a_finished_folder_is_not_taken_for_a_new_run(whole: Story):
     assert (whole.folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_ends_all(outside: Story):
     (end,) = outside.ends
     assert end.exit_code == 75, end.err
@@ -284,6 +285,7 @@ def test_ctrl_c_saves_and_ends_all(outside: Story):
     assert processes_of(outside.folder) == [], "no orphan"
 
 
+@pytest.mark.slow
 def test_choices_outside_moedist_train_at_two_ranks(outside: Story):
     """Router, dispatcher, bank, attention, model family and sink of a package that moedist knows nothing of."""
     config = read_mapping(outside.folder / "config.yaml")

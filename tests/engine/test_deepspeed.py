@@ -426,6 +426,7 @@ def test_their_checkpoints_are_ours(ranks, tmp_path: Path):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_native_to_deepspeed(ranks, tmp_path: Path):
     check_resume(ranks, (4, 4, NATIVE), [(4, 2, ZERO[2]), (2, 2, ZERO[1])], tmp_path)
 

@@ -35,6 +35,7 @@ def test_the_wheel_carries_conf_types_and_the_command(installed: Path):
     assert not list(installed.glob("tests")), "tests are not for users"
 
 
+@pytest.mark.slow
 def test_it_works_outside_the_checkout(installed: Path, tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     code = (

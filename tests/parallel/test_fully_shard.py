@@ -243,6 +243,7 @@ def pass_on(here: Here, folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_through_every_layout(ranks, tmp_path: Path):
     """Weights and moments, to the bit; then on one process."""
     for digests in ranks(4).run(pass_on, tmp_path, limit_s=120):
@@ -284,6 +285,7 @@ def narrow(here: Here) -> list[tuple[list[float], dict[str, str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_bf16_gathers_narrow_weights_and_routes_in_fp32(ranks):
     """Weights fp32, gathered in bf16, gradients summed in fp32; the router's unit and its logits fp32. The losses stay
     within 2 % of autocast's: bf16 keeps 8 bits."""

@@ -100,6 +100,7 @@ def router_difference(got: Step, expected: Step) -> float:
     return max(((got.grad[name] - expected.grad[name]).norm() / expected.grad[name].norm()).item() for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall("9", "12")
 def test_two_passes_make_the_cut_of_a_batch_irrelevant(ranks):
     """Pitfalls 9 and 12: values and every gradient, over micro-steps, ranks, EP, cut weights, recomputation."""

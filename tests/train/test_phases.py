@@ -83,6 +83,7 @@ def recorded(here: Here, folder: Path) -> dict[str, Any]:
     return {"lines": log.lines}
 
 
+@pytest.mark.slow
 def test_ranks_name_the_one_that_was_late(ranks, tmp_path: Path):
     said, silent = ranks(2).run(recorded, tmp_path)
     (path,) = tmp_path.iterdir()

@@ -144,7 +144,7 @@ def test_steps_are_read_from_files_that_a_kill_cut_off(run_info):
 
 
 @pytest.mark.pitfall("34")
-@pytest.mark.parametrize("began_step", [0, 15])
+@pytest.mark.parametrize("began_step", [pytest.param(0, marks=pytest.mark.slow), 15])
 def test_what_a_killed_process_did_not_send_is_sent_by_the_next_one(run_info, began_step: int):
     """It wrote three records down; the first never reached W&B, and the last was cut off in its file."""
     lines = JsonlConfig().open(run_info, print)
@@ -320,7 +320,7 @@ def test_keys_are_found_where_wandb_looks(monkeypatch, tmp_path):
     assert has_key("https://host.example")
 
 
-@pytest.mark.parametrize("status", [None, 500, 401])
+@pytest.mark.parametrize("status", [None, pytest.param(500, marks=pytest.mark.slow), 401])
 def test_a_server_that_does_not_play_along_means_offline_with_every_row(serve, monkeypatch, run_info, status):
     monkeypatch.setenv("WANDB_BASE_URL", serve(status).url)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
