@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moedist.bench.floor import exchange_bytes
 from moedist.bench.ours import PulledTopKRouter
@@ -47,27 +49,29 @@ def measure_exchanges(
 def measure_dispatchers(trial: Trial, rounds: int) -> dict[str, Any]:
     """All dispatchers in turns with a bare exchange of as many bytes as the pairs of a rank have."""
     shape, mesh = trial.shape, trial.mesh
-    configs: list[DispatchConfig] = [AllToAllConfig(), BudgetConfig(), PaddedConfig(), HierarchicalConfig()]
-    plan = planned(trial)
+    configs, plan = contenders_for(shape.dtype), planned(trial)
     placement = Placement.in_order(shape.num_experts, mesh.ep.size)
     work: dict[str, Callable[[], None]] = {BARE: bare_exchange(trial)}
-    work |= {config.kind: round_trip(config, trial, plan) for config in configs}
+    work |= {name: round_trip(config, trial, plan) for name, config in configs.items()}
     seconds = take_turns(work, rounds, mesh)
-    contenders = []
-    for config in configs:
+    exact, contenders = brought_home(AllToAllConfig(), trial, plan), []
+    for name, config in configs.items():
         meter = ExchangeMeter(mesh.device)
         with measuring(meter):
-            work[config.kind]()
-        took, against = sample(seconds[config.kind]), ratio(seconds[config.kind], seconds[BARE])
+            work[name]()
+        took, against = sample(seconds[name]), ratio(seconds[name], seconds[BARE])
+        error, gradient_error = map(distance, brought_home(config, trial, plan), exact)
         contenders.append(
             {
-                "name": config.kind,
+                "name": name,
                 "ms": 1e3 * took.median,
                 "spread": took.spread,
                 "over_bare": against.median,
                 "ratio_spread": against.spread,
                 "exchange_ms": 1e3 * meter.seconds,
                 "sent_mb": meter.bytes_sent / 1e6,
+                "error": error,
+                "gradient_error": gradient_error,
                 "spilled_pairs": int(config.spilled(plan, placement)),
                 "quotable": against.quotable,
             }
@@ -85,6 +89,32 @@ def measure_dispatchers(trial: Trial, rounds: int) -> dict[str, Any]:
         "contenders": contenders,
         "quotable": all(entry["quotable"] for entry in contenders),
     }
+
+
+def contenders_for(dtype: torch.dtype) -> dict[str, DispatchConfig]:
+    """Every dispatcher, and one of them in the numbers that are narrower than the rows'; by name."""
+    exact: list[DispatchConfig] = [AllToAllConfig(), BudgetConfig(), PaddedConfig(), HierarchicalConfig()]
+    contenders = {config.kind: config for config in exact}
+    for narrow in (AllToAllConfig(exchange_dtype="bf16"), AllToAllConfig(exchange_dtype="fp8")):
+        if narrow.wire.narrows(dtype.itemsize):
+            contenders[f"{narrow.kind} {narrow.exchange_dtype}"] = narrow
+    return contenders
+
+
+def brought_home(config: DispatchConfig, trial: Trial, plan: CapacityPlan) -> tuple[Tensor, Tensor]:
+    """What this rank's tokens get of experts that weigh their rows, all pairs included; and the tokens' gradient."""
+    dispatcher = config.build(Placement.in_order(trial.shape.num_experts, trial.mesh.ep.size), trial.mesh.ep)
+    x_TD = trial.x_TD.detach().requires_grad_()
+    arrived = dispatcher.dispatch(x_TD, dataclasses.replace(plan, may_spill=False))
+    rows = arrived.rows
+    out_TD = dispatcher.combine(rows.x_RD * rows.gate_R[:, None].to(x_TD.dtype), arrived.ticket)
+    (grad_TD,) = torch.autograd.grad(out_TD, x_TD, trial.grad_TD)
+    return out_TD.detach(), grad_TD
+
+
+def distance(got_TD: Tensor, exact_TD: Tensor) -> float:
+    """Root mean square of the difference over that of ``exact_TD``."""
+    return float((got_TD.double() - exact_TD.double()).norm() / exact_TD.double().norm())
 
 
 def planned(trial: Trial) -> CapacityPlan:

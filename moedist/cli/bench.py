@@ -212,7 +212,7 @@ def scaling_table(case: Mapping[str, Any]) -> list[str]:
 
 def exchange_table(case: Mapping[str, Any]) -> list[str]:
     """A line per dispatcher."""
-    rows = [("", "ms", "spread", "over bare", "spread", "in exchanges ms", "sent MB")]
+    rows = [("", "ms", "spread", "over bare", "spread", "in exchanges ms", "sent MB", "error", "of gradient")]
     for entry in case["contenders"]:
         rows.append(
             (
@@ -223,10 +223,12 @@ def exchange_table(case: Mapping[str, Any]) -> list[str]:
                 f"{entry['ratio_spread']:.0%}",
                 f"{entry['exchange_ms']:.2f}",
                 f"{entry['sent_mb']:.1f}",
+                f"{entry['error']:.1e}",
+                f"{entry['gradient_error']:.1e}",
             )
         )
     bare = f"{case['bare_ms']:.2f}"
-    return table([*rows, ("bare", bare, "", "", "", bare, f"{case['bare_mb']:.1f}")])
+    return table([*rows, ("bare", bare, "", "", "", bare, f"{case['bare_mb']:.1f}", "", "")])
 
 
 def mark(quotable: bool) -> str:

@@ -149,13 +149,16 @@ def _shared(moe: MoEConfig, dim: int, layout: Layout, passes: int) -> Iterator[K
         yield from _matrices(parameters, dim, layout, passes)
 
 
-PASSES = 4
-"""Exchanges of a layer and micro-step: dispatch, combine, and the gradients of both."""
-
-
 def passes(layout: Layout) -> int:
-    """`PASSES`, and with ``full`` checkpointing dispatch and combine once more."""
-    return PASSES + 2 if layout.checkpointing == "full" else PASSES
+    """Exchanges of a layer and micro-step: dispatch, combine, and the gradients of both; with ``full`` checkpointing
+    dispatch and combine once more."""
+    return 6 if layout.checkpointing == "full" else 4
+
+
+def times_sent(traffic: LayerTraffic, layout: Layout) -> float:
+    """How often a layer's bytes are sent in a micro-step: once, and what goes in forward again with ``full``
+    checkpointing."""
+    return 1.0 + (traffic.in_forward if layout.checkpointing == "full" else 0.0)
 
 
 def _exchange(traffic: LayerTraffic, layout: Layout, cluster: Cluster) -> float:
@@ -166,9 +169,8 @@ def _exchange(traffic: LayerTraffic, layout: Layout, cluster: Cluster) -> float:
     heaviest = traffic.rows.arrived / max(traffic.rows.sent, 1)
     inside = traffic.chosen.inside / (cluster.node_gb_per_s * 1e9)
     across = traffic.chosen.across / (cluster.network_gb_per_s * 1e9)
-    again = passes(layout) / PASSES
     rows = inside + across if traffic.in_turn else max(inside, across)
-    return again * heaviest * rows + passes(layout) * cluster.latency_us * 1e-6
+    return times_sent(traffic, layout) * heaviest * rows + passes(layout) * cluster.latency_us * 1e-6
 
 
 def _ring(num_bytes: float, ranks: int, neighbours: int, cluster: Cluster) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moedist.config import ConfigError
 from moedist.estimate.cluster import Cluster
-from moedist.estimate.duration import PASSES, Duration, duration, passes
+from moedist.estimate.duration import Duration, duration, times_sent
 from moedist.estimate.memory import Memory, memory
 from moedist.estimate.shape import Layout, ModelShape, shape_of
 from moedist.estimate.traffic import LayerTraffic, Spread, traffic_of
@@ -165,7 +165,8 @@ def what_to_change(config: RunConfig, found: Estimate, accepts: Accepts) -> tupl
 def as_mapping(found: Estimate) -> dict[str, Any]:
     """Stable keys, for scripts; sizes in bytes, times in seconds."""
     size, memory, seconds = found.shape.size, found.memory, found.duration
-    whole, num_layers = found.bytes_per_layer("chosen"), len(found.traffic)
+    whole = found.bytes_per_layer("chosen")
+    sent = sum(layer.chosen.total * times_sent(layer, found.layout) for layer in found.traffic.values())
     return {
         "parameters_total": size.total,
         "parameters_active": size.active,
@@ -181,8 +182,8 @@ def as_mapping(found: Estimate) -> dict[str, Any]:
             "bytes_per_layer_one_row_per_pair": found.bytes_per_layer("per_pair"),
             "bytes_per_layer_one_copy_per_rank": found.bytes_per_layer("per_rank"),
             "bytes_per_layer_one_copy_per_node": found.bytes_per_layer("per_node"),
-            "bytes_per_step": round(whole * passes(found.layout) / PASSES * num_layers * found.layout.accumulation),
-            "layers": num_layers,
+            "bytes_per_step": round(found.layout.accumulation * sent),
+            "layers": len(found.traffic),
         },
         "step_seconds": seconds.step,
         "step": {**dataclasses.asdict(seconds), "exposed": seconds.exposed},

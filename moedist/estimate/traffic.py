@@ -28,13 +28,15 @@ class LayerTraffic:
     Attributes:
         rows: on the rank that has most; what memory must hold and what the others wait for.
         chosen: by the run's dispatcher.
+        in_forward: share of it, as vectors have it: their gradients may travel in wider numbers.
         in_turn: whether it sends to other nodes first and inside the node after that; else both at once.
-        per_pair: with a row for each pair.
+        per_pair: with a row for each pair, in numbers of its own.
         per_rank, per_node: with one copy of a token for each rank, or node, that has an expert of it.
     """
 
     rows: Rows
     chosen: Traffic
+    in_forward: float
     in_turn: bool
     per_pair: Traffic
     per_rank: Traffic
@@ -167,7 +169,11 @@ def layer_traffic(
         chosen = per_node if in_turn else per_rank
     elif room_of(moe, batch) is not None:
         chosen = moe.dispatch.traffic(batch) or per_pair
-    return LayerTraffic(rows, chosen, in_turn, per_pair, per_rank, per_node)
+    elif isinstance(moe.dispatch, AllToAllConfig):
+        chosen = _scaled(moe.dispatch.traffic(batch), spread.pairs_per_token / top_k)
+    wire = moe.dispatch.wire
+    there, back = (each.row_bytes(dim, batch.element_bytes) for each in (wire, wire.of_gradients))
+    return LayerTraffic(rows, chosen, there / (there + back), in_turn, per_pair, per_rank, per_node)
 
 
 def _scaled(traffic: Traffic, factor: float) -> Traffic:

@@ -30,13 +30,22 @@ def exchange_and_layer(here: Here) -> tuple[dict, dict, dict]:
 def test_two_ranks(ranks):
     for moved, case, uneven in ranks(2).run(exchange_and_layer):
         by_name = {entry["name"]: entry for entry in moved["contenders"]}
-        assert list(by_name) == ["all_to_all", "budget", "padded", "hierarchical"]
+        dispatchers, narrow = ["all_to_all", "budget", "padded", "hierarchical"], ["all_to_all bf16", "all_to_all fp8"]
+        assert list(by_name) == dispatchers + narrow
+        assert all(by_name[name]["error"] < 1e-6 and by_name[name]["gradient_error"] < 1e-6 for name in dispatchers)
+        # Rounded there and back; the gradient in bf16 either way.
+        for name, bound in zip(narrow, (1 / 256, 1 / 16), strict=True):
+            assert bound / 10 < by_name[name]["error"] < 2 * bound
+            assert 1 / 2560 < by_name[name]["gradient_error"] < 2 / 256
         assert moved["bare_mb"] == exchange_bytes(TINY, 2) / 1e6
         # Rows and their gates, there and back with their gradients; rows come home without a gate.
         gates = 2 * 24 * 2 * 4 / 2 / 1e6
         counts = 4 * 8 / 2 / 1e6
         assert abs(by_name["padded"]["sent_mb"] - moved["bare_mb"] - gates) < 1e-9
         assert abs(by_name["all_to_all"]["sent_mb"] - moved["bare_mb"] - gates - counts) < 1e-9
+        sent_rows = 24 * 2 / 2
+        for name, row in zip(narrow, (4 * 16 * 2, 2 * (16 + 4) + 2 * 16 * 2), strict=True):
+            assert abs(by_name[name]["sent_mb"] - sent_rows * row / 1e6 - gates - counts) < 1e-9
         # No blocks above what the limit lets through; the place of its expert with each row there, and no counts.
         places = 24 * 2 * 4 / 2 / 1e6
         assert abs(by_name["budget"]["sent_mb"] - moved["bare_mb"] - gates - places) < 1e-9

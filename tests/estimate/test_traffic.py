@@ -105,7 +105,11 @@ def traced_step(here: Here, config: RunConfig, folder: Path) -> float:
     return float(log.record["moe/exchange_bytes"])
 
 
-@pytest.mark.parametrize("dispatch", [AllToAllConfig(), HierarchicalConfig(once_per="rank")], ids=["pairs", "copies"])
+@pytest.mark.parametrize(
+    "dispatch",
+    [AllToAllConfig(), HierarchicalConfig(once_per="rank"), AllToAllConfig(exchange_dtype="fp8")],
+    ids=["pairs", "copies", "fp8"],
+)
 def test_the_trace_of_a_run_gives_the_bytes_that_the_run_sent(ranks, tmp_path: Path, dispatch: DispatchConfig):
     """Of a run that drops so much that of many tokens nothing is sent."""
     config = changed(

@@ -19,6 +19,7 @@ from moedist.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher
 from moedist.moe.dispatch.hierarchical import HierarchicalConfig
 from moedist.moe.dispatch.padded import PaddedConfig
 from moedist.moe.dispatch.rows import Exchange
+from moedist.moe.dispatch.wire import EXACT
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.layer import MoEConfig
 from moedist.moe.placement import Placement
@@ -319,7 +320,7 @@ def exchanged_gradient(here: Here) -> bool:
     """Whether a transposed gradient comes through an exchange as it should."""
     ep = here.mesh_of(2).ep
     x_RD = torch.arange(12.0).view(4, 3).requires_grad_()
-    (received,) = Exchange.apply(ep, None, None, x_RD)
+    (received,) = Exchange.apply(ep, EXACT, None, None, x_RD)
     weight_DR = torch.arange(12.0).view(3, 4) + 100 * here.rank
     (received.t() * weight_DR).sum().backward()
     mine, other = weight_DR.t(), weight_DR.t() + 100 * (1 - 2 * here.rank)

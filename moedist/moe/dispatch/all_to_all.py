@@ -9,25 +9,28 @@ from torch import Tensor
 
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
-from moedist.moe.dispatch.contract import Arrived, DispatchConfig
+from moedist.moe.dispatch.contract import Arrived, WireConfig
 from moedist.moe.dispatch.rows import Exchange, Reorder, RowsToTokens, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
+from moedist.moe.dispatch.wire import EXACT, Wire, rounded
 from moedist.moe.experts.contract import Rows, Source
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class AllToAllConfig(DispatchConfig):
+class AllToAllConfig(WireConfig):
     """Kept pairs only, in one all-to-all of uneven blocks each way."""
 
     def traffic(self, batch: Batch) -> Traffic:
         """A row per pair."""
         per_rank = batch.tokens * batch.experts_per_token / batch.ep
-        return Traffic(*(there_and_back(per_rank * ranks, batch, gates=1) for ranks in batch.other_ranks))
+        return Traffic(
+            *(there_and_back(per_rank * ranks, batch, gates=1, wire=self.wire) for ranks in batch.other_ranks)
+        )
 
     def build(self, placement: Placement, ep: Axis) -> AllToAllDispatcher:  # noqa: D102
-        return AllToAllDispatcher(placement, ep)
+        return AllToAllDispatcher(placement, ep, self.wire)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class AllToAllDispatcher:
 
     placement: Placement
     ep: Axis
+    wire: Wire = EXACT
 
     def dispatch(self, x_TD: Tensor, plan: CapacityPlan) -> Arrived[AllToAllTicket]:
         """Counts first, then rows."""
@@ -72,15 +76,17 @@ class AllToAllDispatcher:
         x_RD, gate_R = copies.x_RD, copies.gate_R
         by_expert = by_source = None
         if self.ep.size > 1:
-            x_RD, gate_R = Exchange.apply(self.ep, send_sizes, receive_sizes, x_RD, gate_R)
+            x_RD, gate_R = Exchange.apply(self.ep, self.wire, send_sizes, receive_sizes, x_RD, gate_R)
             by_expert, by_source = self.expert_order(arriving_We, sum(receive_sizes))
             x_RD, gate_R = Reorder.apply(x_RD, by_expert, by_source), Reorder.apply(gate_R, by_expert, by_source)
+        else:
+            x_RD = rounded(x_RD, self.wire)
         rows = Rows(
             x_RD=x_RD,
             gate_R=gate_R,
             sizes=tuple(sum(sizes) for sizes in zip(*arriving, strict=True)),
             ends_e=arriving_We.sum(0).cumsum(0).to(torch.int32),
-            source=Source(x_TD, copies.token_R) if self.ep.size == 1 else None,
+            source=Source(x_TD, copies.token_R) if x_RD is copies.x_RD else None,
         )
         ticket = AllToAllTicket(
             token_R=copies.token_R,
@@ -99,7 +105,9 @@ class AllToAllDispatcher:
         """The same way back, then each token's sum."""
         if self.ep.size > 1:
             y_RD = Reorder.apply(y_RD, ticket.by_source, ticket.by_expert)
-            (y_RD,) = Exchange.apply(self.ep, ticket.receive_sizes, ticket.send_sizes, y_RD)
+            (y_RD,) = Exchange.apply(self.ep, self.wire, ticket.receive_sizes, ticket.send_sizes, y_RD)
+        else:
+            y_RD = rounded(y_RD, self.wire)
         return RowsToTokens.apply(
             y_RD, ticket.token_R, ticket.row_N, ticket.token_N, ticket.pairs_per_token, ticket.num_tokens
         )

@@ -17,16 +17,17 @@ from moedist.config import require
 from moedist.mesh import Axis
 from moedist.moe.capacity import exact
 from moedist.moe.dispatch.all_to_all import AllToAllConfig, AllToAllDispatcher, AllToAllTicket
-from moedist.moe.dispatch.contract import Arrived, DispatchConfig
+from moedist.moe.dispatch.contract import Arrived, WireConfig
 from moedist.moe.dispatch.rows import ID_TYPES, Exchange, Reorder, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
+from moedist.moe.dispatch.wire import rounded
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan, count
 
 
 @dataclasses.dataclass(frozen=True)
-class BudgetConfig(DispatchConfig):
+class BudgetConfig(WireConfig):
     """A block of equal size from every rank to every rank, in one all-to-all each way; what is not used of it is zeros.
 
     All ranks must bring the same number of positions T (padding marked invalid). Who does not allow rows to be left
@@ -92,7 +93,9 @@ class BudgetConfig(DispatchConfig):
     def traffic(self, batch: Batch) -> Traffic:
         """Whole blocks, and with each row the place of its expert."""
         per_rank = self.room(batch) // batch.ep
-        return Traffic(*(there_and_back(per_rank * ranks, batch, gates=1, ids=1) for ranks in batch.other_ranks))
+        return Traffic(
+            *(there_and_back(per_rank * ranks, batch, gates=1, ids=1, wire=self.wire) for ranks in batch.other_ranks)
+        )
 
     def build(self, placement: Placement, ep: Axis) -> BudgetDispatcher:  # noqa: D102
         require(
@@ -102,7 +105,9 @@ class BudgetConfig(DispatchConfig):
             f"needs equally many experts on every rank, not {placement.sizes}",
             "Set moe.dispatch.kind to all_to_all, or place the experts evenly.",
         )
-        return BudgetDispatcher(self, placement, ep, AllToAllConfig().build(placement, ep))
+        return BudgetDispatcher(
+            self, placement, ep, AllToAllConfig(exchange_dtype=self.exchange_dtype).build(placement, ep)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +129,13 @@ class BudgetDispatcher:
         copies = copy_to_rows(x_TD, plan, row_N, self.ep.size * block)
         x_RD, gate_R = copies.x_RD, copies.gate_R
         if self.ep.size == 1:
+            x_RD = rounded(x_RD, self.config.wire)
             kept_e, by_expert, by_source = self.placement.slots_first(plan.kept_E), None, None
         else:
             # 0 stands for a row that carries nothing, as `take` gives it; experts' places count from 1.
             place_R = torch.where(copies.pair_R < 0, 0, 1 + place_N[copies.pair_R])
             x_RD, gate_R, place_R = Exchange.apply(
-                self.ep, None, None, x_RD, gate_R, place_R.to(ID_TYPES[x_TD.element_size()])
+                self.ep, self.config.wire, None, None, x_RD, gate_R, place_R.to(ID_TYPES[x_TD.element_size()])
             )
             kept_e, by_expert, by_source = self.expert_order(place_R.to(torch.int64))
             x_RD, gate_R = Reorder.apply(x_RD, by_expert, by_source), Reorder.apply(gate_R, by_expert, by_source)

@@ -11,6 +11,7 @@ from torch import Tensor
 from moedist.config import Choice
 from moedist.mesh import Axis
 from moedist.moe.dispatch.traffic import Batch, Traffic
+from moedist.moe.dispatch.wire import EXACT, ExchangeDtype, Wire
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
@@ -65,6 +66,12 @@ class DispatchConfig(Choice, path="moe.dispatch"):
         """What a user should know of the cost of this choice, as a sentence; None for nothing."""
         return None
 
+    @property
+    def wire(self) -> Wire:
+        """In which numbers rows travel. They are rounded to these whether they move or not, so that no result depends
+        on that: by the dispatcher, or by a bank without one."""
+        return EXACT
+
     def check_nodes(self, ep: int, ranks_per_node: int) -> None:
         """Raises `ConfigError` where groups of ``ep`` ranks do not lie on nodes as this choice needs it."""
 
@@ -79,3 +86,21 @@ class DispatchConfig(Choice, path="moe.dispatch"):
     def build(self, placement: Placement, ep: Axis) -> Dispatcher:
         """A dispatcher over the axis ``ep``, whose ranks hold experts as ``placement`` says."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class WireConfig(DispatchConfig):
+    """A way to move rows that can move them in fewer bits.
+
+    Attributes:
+        exchange_dtype: ``bf16`` or ``fp8``: what vectors, experts' outputs and (in bf16) the gradients of both are
+            rounded to on their way; see `Wire` for how far off they are then. Gates and numbers of experts travel
+            exactly. None: nothing is rounded.
+    """
+
+    exchange_dtype: ExchangeDtype | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def wire(self) -> Wire:
+        """See the contract."""
+        return Wire(self.exchange_dtype)

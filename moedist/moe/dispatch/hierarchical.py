@@ -22,6 +22,7 @@ from moedist.mesh.nodes import nodes_per_ep_group
 from moedist.moe.dispatch.contract import Arrived, DispatchConfig
 from moedist.moe.dispatch.rows import ID_TYPES, Exchange, RowsToTokens, TokensToRows, pair_of_row, take
 from moedist.moe.dispatch.traffic import Batch, Traffic, share_reached, there_and_back
+from moedist.moe.dispatch.wire import EXACT
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan, place_in_bucket
@@ -239,6 +240,7 @@ class HierarchicalDispatcher:
             copies, pairs = copy_once(pairs, level, sum(send_sizes))
             x_RD, gate_RP, slot_RP = Exchange.apply(
                 level.axis,
+                EXACT,
                 send_sizes,
                 receive_sizes,
                 copies.to_rows(x_RD),
@@ -260,7 +262,7 @@ class HierarchicalDispatcher:
         """The same way back: at every level the sum of what one token's copies have become, then the sum crosses."""
         y_RD = ticket.at_experts.to_tokens(y_RD)
         for crossing in reversed(ticket.crossings):
-            (y_RD,) = Exchange.apply(crossing.axis, crossing.receive_sizes, crossing.send_sizes, y_RD)
+            (y_RD,) = Exchange.apply(crossing.axis, EXACT, crossing.receive_sizes, crossing.send_sizes, y_RD)
             y_RD = crossing.copies.to_tokens(y_RD)
         return y_RD
 

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from moedist.config import require
 from moedist.mesh import Axis
-from moedist.moe.dispatch.contract import Arrived, DispatchConfig
+from moedist.moe.dispatch.contract import Arrived, WireConfig
 from moedist.moe.dispatch.rows import Exchange, RowsToTokens, copy_to_rows
 from moedist.moe.dispatch.traffic import Batch, Traffic, there_and_back
+from moedist.moe.dispatch.wire import EXACT, Wire, rounded
 from moedist.moe.experts.contract import Rows, Source
 from moedist.moe.placement import Placement
 from moedist.moe.plan import CapacityPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class PaddedConfig(DispatchConfig):
+class PaddedConfig(WireConfig):
     """Row ``expert * C + slot``; empty slots travel as zeros.
 
     C is the plan's upper bound from the shapes, so all ranks must bring the same number of positions T (padding marked
@@ -46,7 +47,9 @@ class PaddedConfig(DispatchConfig):
     def traffic(self, batch: Batch) -> Traffic:
         """All slots."""
         per_rank = self.room(batch) // batch.ep
-        return Traffic(*(there_and_back(per_rank * ranks, batch, gates=1) for ranks in batch.other_ranks))
+        return Traffic(
+            *(there_and_back(per_rank * ranks, batch, gates=1, wire=self.wire) for ranks in batch.other_ranks)
+        )
 
     def build(self, placement: Placement, ep: Axis) -> PaddedDispatcher:  # noqa: D102
         require(
@@ -56,7 +59,7 @@ class PaddedConfig(DispatchConfig):
             f"needs equally many experts on every rank, not {placement.sizes}",
             "Set moe.dispatch.kind to all_to_all, or place the experts evenly.",
         )
-        return PaddedDispatcher(placement, ep)
+        return PaddedDispatcher(placement, ep, self.wire)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class PaddedDispatcher:
 
     placement: Placement
     ep: Axis
+    wire: Wire = EXACT
 
     def dispatch(self, x_TD: Tensor, plan: CapacityPlan) -> Arrived[PaddedTicket]:
         """Tokens to slots, then one all-to-all."""
@@ -88,8 +92,10 @@ class PaddedDispatcher:
         copies = copy_to_rows(x_TD, plan, row_N, num_rows)
         x_RD, gate_R = copies.x_RD, copies.gate_R
         if self.ep.size > 1:
-            x_RD, gate_R = Exchange.apply(self.ep, None, None, x_RD, gate_R)
+            x_RD, gate_R = Exchange.apply(self.ep, self.wire, None, None, x_RD, gate_R)
             x_RD, gate_R = self.swap(x_RD, self.ep.size), self.swap(gate_R, self.ep.size)
+        else:
+            x_RD = rounded(x_RD, self.wire)
         num_local = self.placement.sizes[self.ep.rank]
         size = self.ep.size * capacity
         rows = Rows(
@@ -98,7 +104,7 @@ class PaddedDispatcher:
             sizes=(size,) * num_local,
             ends_e=torch.arange(1, num_local + 1, device=row_N.device, dtype=torch.int32) * size,
             uniform=True,
-            source=Source(x_TD, copies.token_R) if self.ep.size == 1 else None,
+            source=Source(x_TD, copies.token_R) if x_RD is copies.x_RD else None,
         )
         ticket = PaddedTicket(copies.token_R, row_N, plan.token_N, plan.pairs_per_token, num_tokens, capacity)
         return Arrived(rows, ticket)
@@ -107,7 +113,9 @@ class PaddedDispatcher:
         """The same way back, then each token's sum."""
         if self.ep.size > 1:
             y_RD = self.swap(y_RD, self.placement.sizes[self.ep.rank])
-            (y_RD,) = Exchange.apply(self.ep, None, None, y_RD)
+            (y_RD,) = Exchange.apply(self.ep, self.wire, None, None, y_RD)
+        else:
+            y_RD = rounded(y_RD, self.wire)
         return RowsToTokens.apply(
             y_RD, ticket.token_R, ticket.row_N, ticket.token_N, ticket.pairs_per_token, ticket.num_tokens
         )

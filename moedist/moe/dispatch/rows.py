@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moedist.mesh import Axis
 from moedist.mesh.collectives import all_to_all
+from moedist.moe.dispatch.wire import Wire
 from moedist.moe.host import on_host
 from moedist.moe.kernels.device import why_not
 from moedist.moe.kernels.pairs import sum_rows
@@ -167,27 +168,33 @@ class Reorder(torch.autograd.Function):
 
 class Exchange(torch.autograd.Function):
     """Rows, and numbers with each where there are some, to other ranks in one all-to-all; its gradient goes the same
-    way back. Whole numbers have none."""
+    way back. The rows travel in the numbers of a wire, and what stands behind them as it is. Whole numbers have no
+    gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         axis: Axis,
+        wire: Wire,
         send_sizes: list[int] | None,
         receive_sizes: list[int] | None,
-        *parts: Tensor,
+        x_RD: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.axis, ctx.send_sizes, ctx.receive_sizes = axis, send_sizes, receive_sizes
-        ctx.floating = [part.is_floating_point() for part in parts]
-        received = exchange(parts, axis, send_sizes, receive_sizes)
+        ctx.axis, ctx.wire, ctx.send_sizes, ctx.receive_sizes = axis, wire, send_sizes, receive_sizes
+        ctx.floating = [part.is_floating_point() for part in (x_RD, *others)]
+        coded = wire.encode(x_RD)
+        arrived = exchange((*coded, *others), axis, send_sizes, receive_sizes)
+        received = wire.decode(arrived[: len(coded)], x_RD.dtype), *arrived[len(coded) :]
         ctx.mark_non_differentiable(*(part for part in received if not part.is_floating_point()))
         return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sent = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
-        home = iter(Exchange.apply(ctx.axis, ctx.receive_sizes, ctx.send_sizes, *sent))
-        return None, None, None, *(next(home) if floating else None for floating in ctx.floating)
+        wire = ctx.wire.of_gradients
+        home = iter(Exchange.apply(ctx.axis, wire, ctx.receive_sizes, ctx.send_sizes, *sent))
+        return None, None, None, None, *(next(home) if floating else None for floating in ctx.floating)
 
 
 def exchange(
@@ -203,7 +210,11 @@ def exchange(
         return (all_to_all(first.contiguous(), axis, send_sizes, receive_sizes),)
     tails = [(part if part.dim() == 2 else part[:, None]).contiguous().view(first.dtype) for part in others]
     received = all_to_all(torch.cat([first, *tails], dim=1), axis, send_sizes, receive_sizes)
-    # Copies of their own: a view with the stride of the whole would not qualify for grouped matmul.
-    pieces = [piece.contiguous() for piece in received.split([part.shape[1] for part in (first, *tails)], dim=1)]
+    # Copies of their own: a view with the stride of the whole would not qualify for grouped matmul, and one row counts
+    # as contiguous wherever it begins, which may be between two numbers of its type.
+    pieces = [
+        piece.clone(memory_format=torch.contiguous_format)
+        for piece in received.split([part.shape[1] for part in (first, *tails)], dim=1)
+    ]
     whole = [piece.view(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
     return tuple(one if part.dim() == 2 else one[:, 0] for one, part in zip(whole, parts, strict=True))

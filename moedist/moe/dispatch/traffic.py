@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from moedist.moe.dispatch.wire import EXACT, Wire
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -25,7 +27,7 @@ class Batch:
         capacity: slots of an expert for one rank's pairs; None without a limit (C).
         ep: expert-parallel ranks.
         nodes: over which these lie, as many ranks on each.
-        element_bytes: of an element of a vector as it travels: 2 in bf16.
+        element_bytes: of an element of a vector where it is computed: 2 in bf16.
         gate_bytes: of a gate.
     """
 
@@ -78,14 +80,15 @@ def share_reached(num_experts: int, experts_per_token: int, experts: int) -> flo
     return 1 - missed
 
 
-def there_and_back(rows: float, batch: Batch, gates: int, ids: int = 0) -> float:
+def there_and_back(rows: float, batch: Batch, gates: int, ids: int = 0, wire: Wire = EXACT) -> float:
     """Bytes of ``rows`` rows to their experts and of as many back, and of the gradients of both.
 
     Args:
         rows: that one rank sends, or as many as it sends on average.
         batch: for the sizes.
         gates: that travel with a row to its experts, and their gradients back.
-        ids: slots that travel with a row to its experts, in whole elements.
+        ids: slots that travel with a row to its experts, in whole elements of where it is computed.
+        wire: in which the vectors travel.
     """
-    elements = 4 * batch.dim + ids
-    return rows * (elements * batch.element_bytes + 2 * gates * batch.gate_bytes)
+    vectors = 2 * sum(each.row_bytes(batch.dim, batch.element_bytes) for each in (wire, wire.of_gradients))
+    return rows * (vectors + ids * batch.element_bytes + 2 * gates * batch.gate_bytes)
