@@ -83,7 +83,7 @@ def test_to_mapping():
     }
     assert list(to_mapping(Outer())["router"])[0] == "kind"
     mapping = to_mapping(MoEConfig())
-    assert mapping["dispatch"] == {"kind": "all_to_all"}
+    assert mapping["dispatch"] == {"kind": "all_to_all", "exchange_dtype": None}
     assert {key: mapping["balance"]["switch"][key] for key in ("kind", "coefficient", "scope")} == {
         "kind": "switch",
         "coefficient": 0.01,
