@@ -196,7 +196,9 @@ class DeepSpeedEngine:
     def step(self, summed: Callable[[GradientOf], None] = lambda gradient_of: None) -> float:
         """Norm, clip, update, clear: DeepSpeed's, but for the norm and the clip of ZeRO 0."""
         self.rates = self._rates()
-        summed(gradient_of)
+        # Under round_robin_gradients DeepSpeed tells one parameter's gradient for another's: none is better.
+        mixed_up = self.merged.settings.get("zero_optimization", {}).get("round_robin_gradients", False)
+        summed((lambda parameter: None) if mixed_up else gradient_of)
         if self.zero is not None:
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
