@@ -10,11 +10,13 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moedist.moe.capacity import CapacityConfig, Limit
 from moedist.moe.context import TokenContext
 from moedist.moe.kernels.device import why_not
-from moedist.moe.kernels.pairs import MOST_EXPERTS, places
+from moedist.moe.kernels.pairs import MOST_EXPERTS
+from moedist.moe.kernels.pairs import fill_buckets as fill_buckets_in_kernel
 from moedist.moe.noise import RANDOM_DROP, draw_uniform
 from moedist.moe.router.contract import Routing
 
@@ -67,21 +69,37 @@ class CapacityPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Capacity groups of the pairs: how many (a shape), each pair's, and the valid tokens of each."""
+    """Capacity groups of the pairs: how many (a shape), each pair's (None: all are of one), and the valid tokens of
+    each."""
 
     num: int
-    group_N: Tensor
+    group_N: Tensor | None
     tokens_G: Tensor
+
+    def at(self, value_G: Tensor) -> Tensor:
+        """Of each pair's group, the entry of ``value_G`` [G, ...]; one that stands for all where there is one group."""
+        return value_G[:1] if self.group_N is None else value_G[self.group_N]
+
+    def at_experts(self, value_GE: Tensor, expert_N: Tensor) -> Tensor:
+        """[N]: of each pair's group and ``expert_N``, the entry of ``value_GE``."""
+        return value_GE[0, expert_N] if self.group_N is None else value_GE[self.group_N, expert_N]
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """Where pairs stand: expert, place within (group, expert), whether they stay, and why not where they don't."""
+    """Where pairs stand: expert, place within (group, expert), whether they stay; and what that comes to.
+
+    Attributes:
+        expert_N, kept_N: as said. place_N: means nothing where a pair does not stay.
+        asked_E, dropped_ME: as `CapacityPlan`. kept_GE: int64 pairs that stay at each expert, by capacity group.
+    """
 
     expert_N: Tensor
     place_N: Tensor
     kept_N: Tensor
-    reason_N: Tensor
+    asked_E: Tensor
+    kept_GE: Tensor
+    dropped_ME: Tensor
 
 
 def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *, layer: int = 0) -> CapacityPlan:
@@ -94,8 +112,7 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
         valid_N = valid_N & routing.live_N
 
     if limit is None:
-        place_N = place_in_bucket(bucket_of(routing.expert_N, valid_N, groups, num_experts), num_experts + 1, None)
-        placed = Placed(routing.expert_N, place_N, valid_N, reason_N=torch.zeros_like(place_N))  # there are no drops
+        placed = place_all(routing, valid_N, groups)
         room = groups.tokens_G.new_zeros(())
         capacity, gate_N = routing.capacity, torch.where(valid_N, routing.gate_N, 0)
         if config.renormalize_after_drop == "one" and routing.pairs_per_token is not None:
@@ -108,22 +125,17 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
         capacity = largest_capacity(limit, groups.num, num_tokens, routing.pairs_per_token, num_experts)
         gate_N = surviving_gates(routing, placed, valid_N, config.renormalize_after_drop)
 
-    kept_GE = count_held(placed, groups, num_experts)
-    # An expert's slots run through the groups one after the other.
-    first_slot_GE = kept_GE.cumsum(0) - kept_GE
-    slot_N = placed.place_N + first_slot_GE.view(-1)[groups.group_N * num_experts + placed.expert_N]
+    slot_N = placed.place_N
+    if groups.num > 1:  # an expert's slots run through the groups one after the other
+        slot_N = slot_N + groups.at_experts(placed.kept_GE.cumsum(0) - placed.kept_GE, placed.expert_N)
     return CapacityPlan(
         token_N=routing.token_N,
         expert_N=placed.expert_N,
         gate_N=gate_N,
         slot_N=torch.where(placed.kept_N, slot_N, -1),
-        asked_E=count(routing.expert_N, num_experts, valid_N),
-        kept_E=kept_GE.sum(0),
-        dropped_ME=count(
-            placed.reason_N * num_experts + routing.expert_N,
-            len(DROP_REASONS) * num_experts,
-            valid_N & ~placed.kept_N,
-        ).view(-1, num_experts),
+        asked_E=placed.asked_E,
+        kept_E=placed.kept_GE.sum(0),
+        dropped_ME=placed.dropped_ME,
         room=room,
         capacity=capacity,
         pairs_per_token=routing.pairs_per_token,
@@ -134,7 +146,7 @@ def plan_capacity(routing: Routing, ctx: TokenContext, config: CapacityConfig, *
 def capacity_groups(routing: Routing, ctx: TokenContext, by_sequence: bool) -> Groups:
     """The groups that share a limit: this rank's tokens, or each row's."""
     if not by_sequence:
-        return Groups(1, torch.zeros_like(routing.token_N), ctx.valid_T.sum()[None])
+        return Groups(1, None, ctx.valid_T.sum()[None])
     tokens_G = count(ctx.sequence_T, ctx.num_sequences, ctx.valid_T)
     return Groups(ctx.num_sequences, ctx.sequence_T[routing.token_N], tokens_G)
 
@@ -142,6 +154,15 @@ def capacity_groups(routing: Routing, ctx: TokenContext, by_sequence: bool) -> G
 def largest_capacity(limit: Limit, num_groups: int, num_tokens: int, top_k: int, num_experts: int) -> int:
     """Upper bound of an expert's kept pairs from the shapes."""
     return num_groups * limit.of_shape(num_tokens // max(num_groups, 1), top_k, num_experts)
+
+
+def place_all(routing: Routing, valid_N: Tensor, groups: Groups) -> Placed:
+    """Every pair at the expert that was proposed."""
+    num_experts = routing.probs_TE.shape[1]
+    bucket_N = bucket_of(routing.expert_N, valid_N, groups, num_experts)
+    place_N, kept_E = fill_buckets(bucket_N, num_experts, None)
+    dropped_ME = kept_E.new_zeros(len(DROP_REASONS), num_experts)
+    return Placed(routing.expert_N, place_N, valid_N, kept_E, kept_E[None], dropped_ME)
 
 
 def place_pairs(
@@ -155,12 +176,15 @@ def place_pairs(
 ) -> Placed:
     """First every pair at the expert that was proposed; then, where overflow asks for it, the rest elsewhere."""
     num_experts = routing.probs_TE.shape[1]
-    num_buckets = groups.num * num_experts + 1
+    num_buckets = groups.num * num_experts
     ask_N = order_key(routing, routing.expert_N, ctx, config.drop_policy, layer)
-    bucket_N = bucket_of(routing.expert_N, valid_N, groups, num_experts)
-    place_N = place_in_bucket(bucket_N, num_buckets, ask_N)
-    fits_N = place_N < limit_G[groups.group_N]
-    placed = Placed(routing.expert_N, place_N, valid_N & fits_N, torch.full_like(place_N, FULL))
+    place_N, asked_B = fill_buckets(bucket_of(routing.expert_N, valid_N, groups, num_experts), num_buckets, ask_N)
+    asked_GE = asked_B.view(groups.num, num_experts)
+    kept_GE, asked_E = torch.minimum(asked_GE, limit_G[:, None]), asked_GE.sum(0)
+    # All for the one reason that there is without `next_best`.
+    dropped_ME = F.pad((asked_E - kept_GE.sum(0))[None], (0, 0, FULL, len(DROP_REASONS) - 1 - FULL))
+    kept_N = valid_N & (place_N < groups.at(limit_G))
+    placed = Placed(routing.expert_N, place_N, kept_N, asked_E, kept_GE, dropped_ME)
     if config.overflow == "drop":
         return placed
 
@@ -169,11 +193,10 @@ def place_pairs(
     score_TE = routing.score_TE.detach()
     tried_TE = torch.zeros_like(score_TE, dtype=torch.bool) if routing.allowed_TE is None else ~routing.allowed_TE
     tried_TE[routing.token_N, routing.expert_N] = True
-    group_T = groups.group_N.view(num_tokens, top_k)[:, 0]
+    has_room_TE = (num_tokens, top_k, num_experts)
     for _ in range(num_experts - top_k):
-        held_GE = count_held(placed, groups, num_experts)
-        room_GE = limit_G[:, None] - held_GE
-        open_TE = ~tried_TE & (room_GE > 0)[group_T]
+        room_GE = limit_G[:, None] - placed.kept_GE
+        open_TE = ~tried_TE & groups.at(room_GE > 0).expand(num_tokens * top_k, -1).view(has_room_TE)[:, 0]
         # A token's homeless pairs ask its open experts from the best down, one each.
         best_TE = score_TE.masked_fill(~open_TE, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         homeless_TK = (valid_N & ~placed.kept_N).view(num_tokens, top_k)
@@ -181,27 +204,21 @@ def place_pairs(
         wanted_N = best_TE.gather(1, turn_TK).reshape(-1)
         asks_N = (homeless_TK & (turn_TK < open_TE.sum(1, keepdim=True))).reshape(-1)
         tried_TE |= count(routing.token_N * num_experts + wanted_N, tried_TE.numel(), asks_N).view_as(tried_TE) > 0
-        bucket_N = bucket_of(wanted_N, asks_N, groups, num_experts)
         ask_N = order_key(routing, wanted_N, ctx, config.drop_policy, layer)
-        place_N = place_in_bucket(bucket_N, num_buckets, ask_N)
-        gets_N = asks_N & (place_N < room_GE[groups.group_N, wanted_N])
-        held_N = held_GE[groups.group_N, wanted_N]
-        placed = Placed(
-            torch.where(gets_N, wanted_N, placed.expert_N),
-            torch.where(gets_N, held_N + place_N, placed.place_N),
-            placed.kept_N | gets_N,
-            placed.reason_N,
+        place_N, wanted_B = fill_buckets(bucket_of(wanted_N, asks_N, groups, num_experts), num_buckets, ask_N)
+        gets_N = asks_N & (place_N < groups.at_experts(room_GE, wanted_N))
+        placed = dataclasses.replace(
+            placed,
+            expert_N=torch.where(gets_N, wanted_N, placed.expert_N),
+            place_N=torch.where(gets_N, groups.at_experts(placed.kept_GE, wanted_N) + place_N, placed.place_N),
+            kept_N=placed.kept_N | gets_N,
+            kept_GE=placed.kept_GE + torch.minimum(wanted_B.view_as(room_GE), room_GE),
         )
     # Every token has asked all that it may ask: what has room now is barred to it.
-    has_room_G = (count_held(placed, groups, num_experts) < limit_G[:, None]).any(1)
-    reason_N = torch.where(has_room_G[groups.group_N], BARRED, EXHAUSTED)
-    return dataclasses.replace(placed, reason_N=reason_N)
-
-
-def count_held(placed: Placed, groups: Groups, num_experts: int) -> Tensor:
-    """int64 [G, E]: pairs that stay at each expert, by capacity group."""
-    held = count(bucket_of(placed.expert_N, placed.kept_N, groups, num_experts), groups.num * num_experts + 1)
-    return held[:-1].view(groups.num, num_experts)
+    reason_N = torch.where(groups.at((placed.kept_GE < limit_G[:, None]).any(1)), BARRED, EXHAUSTED)
+    reason_E_N = reason_N * num_experts + routing.expert_N
+    dropped = count(reason_E_N, len(DROP_REASONS) * num_experts, valid_N & ~placed.kept_N)
+    return dataclasses.replace(placed, dropped_ME=dropped.view(-1, num_experts))
 
 
 def order_key(routing: Routing, expert_N: Tensor, ctx: TokenContext, policy: str, layer: int) -> Tensor | None:
@@ -222,26 +239,29 @@ def order_key(routing: Routing, expert_N: Tensor, ctx: TokenContext, policy: str
 
 
 def bucket_of(expert_N: Tensor, counts_N: Tensor, groups: Groups, num_experts: int) -> Tensor:
-    """int64 [N]: (group, expert) as one number; pairs that don't count go to a bucket of their own, the last."""
-    return torch.where(counts_N, groups.group_N * num_experts + expert_N, groups.num * num_experts)
+    """int64 [N]: (group, expert) as one number; -1 for pairs that don't count."""
+    bucket_N = expert_N if groups.group_N is None else groups.group_N * num_experts + expert_N
+    return torch.where(counts_N, bucket_N, -1)
 
 
-def place_in_bucket(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> Tensor:
-    """int64 [N]: how many entries of the same bucket stand before each, in the given order (None: as they stand)."""
+def fill_buckets(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int64 [N] and [num_buckets]: how many entries of the same bucket stand before each, in the given order (None: as
+    they stand), and how many each bucket has. An entry of bucket -1 is in none and has place -1."""
     if num_buckets <= MOST_EXPERTS and why_not(bucket_N.device, "pairs") is None:
-        return places(bucket_N, num_buckets, order_N)
-    return sorted_places(bucket_N, num_buckets, order_N)
+        return fill_buckets_in_kernel(bucket_N, num_buckets, order_N)
+    return fill_by_sorting(bucket_N, num_buckets, order_N)
 
 
-def sorted_places(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> Tensor:
-    """`place_in_bucket` by a stable sort."""
+def fill_by_sorting(bucket_N: Tensor, num_buckets: int, order_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`fill_buckets` by a stable sort."""
     bucket_in_order_N = bucket_N if order_N is None else bucket_N[order_N]
-    by_bucket_N = bucket_in_order_N.sort(stable=True).indices
+    sorted_N, by_bucket_N = bucket_in_order_N.sort(stable=True)
     pair_N = by_bucket_N if order_N is None else order_N[by_bucket_N]
-    size_B = count(bucket_N, num_buckets)
+    size_B = count(bucket_N + 1, num_buckets + 1)  # what is in no bucket stands first
     first_B = size_B.cumsum(0) - size_B
-    place_N = torch.arange(bucket_N.shape[0], device=bucket_N.device) - first_B[bucket_N[pair_N]]
-    return torch.empty_like(place_N).scatter_(0, pair_N, place_N)
+    place_N = torch.arange(bucket_N.shape[0], device=bucket_N.device) - first_B[sorted_N + 1]
+    place_N = torch.where(sorted_N < 0, -1, place_N)
+    return torch.empty_like(place_N).scatter_(0, pair_N, place_N), size_B[1:]
 
 
 def count(index_N: Tensor, num_bins: int, valid_N: Tensor | None = None) -> Tensor:

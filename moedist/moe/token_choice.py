@@ -16,7 +16,7 @@ from moedist.moe.context import TokenContext
 from moedist.moe.host import on_host
 from moedist.moe.init import Draw
 from moedist.moe.kernels.device import why_not
-from moedist.moe.kernels.pairs import MOST_CHOICES, MOST_EXPERTS, Choose
+from moedist.moe.kernels.pairs import MOST_CHOICES, MOST_EXPERTS, ChoiceRules, Choose
 from moedist.moe.noise import INPUT_JITTER, ROUTER_NOISE, draw_normal, draw_uniform
 from moedist.moe.router.contract import Router, RouterConfig, RouterSite, Routing, wide
 
@@ -65,6 +65,22 @@ class GroupLimit(Config):
             "is too small" if self.top_groups < 1 else f"is more than the {num_groups} groups",
             "Set it to 1 or more." if most == math.inf else f"Set it to 1 to {num_groups}.",
         )
+
+    def known(self) -> int:
+        """`num_groups`.
+
+        Raises:
+            ConfigError: the groups follow nodes and nobody has said how many there are.
+        """
+        require(
+            self.num_groups is not None,
+            "moe.router.groups.num_groups",
+            None,
+            "is not known outside of a launched run",
+            "Set it to the number of nodes that an expert-parallel group spans.",
+        )
+        assert self.num_groups is not None
+        return self.num_groups
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises `ConfigError` where the experts cannot be cut so, or too few are left to pick from."""
@@ -258,9 +274,8 @@ class TokenChoiceRouter(Router):
     def choose(self, logits_TE: Tensor, ctx: TokenContext) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Scores [T, E], which experts are allowed, those that are chosen [T, K] and their gates [T, K]."""
         if self.chooses_in_kernel(logits_TE):
-            rules = (self.top_k, self.config.score, self.renormalize, EPS)
-            score_TE, expert_TK, gate_TK = Choose.apply(logits_TE, *rules)
-            return score_TE, None, expert_TK, gate_TK
+            score_TE, expert_TK, gate_TK, allowed_TE = Choose.apply(logits_TE, self.selection_bias, self.rules())
+            return score_TE, None if self.config.groups is None else allowed_TE, expert_TK, gate_TK
         score_TE = scores(logits_TE, self.config.score)
         allowed_TE = self.allowed(score_TE.detach())
         expert_TK = self.select(logits_TE.detach(), score_TE.detach(), allowed_TE, ctx)
@@ -270,15 +285,27 @@ class TokenChoiceRouter(Router):
         return score_TE, allowed_TE, expert_TK, gate_TK
 
     def chooses_in_kernel(self, logits_TE: Tensor) -> bool:
-        """Whether a kernel chooses: the best logits of all experts, where Triton runs."""
+        """Whether a kernel chooses: by logits, or scores and a bias, where Triton runs."""
+        groups = self.config.groups
         return (
             self.takes_best_logits
-            and self.selection_bias is None
-            and self.config.groups is None
             and self.config.score in ("softmax", "sigmoid")
             and self.num_experts <= MOST_EXPERTS
-            and self.top_k <= MOST_CHOICES
+            and max(self.top_k, 0 if groups is None else groups.num_groups or 0) <= MOST_CHOICES
             and why_not(logits_TE.device, "pairs") is None
+        )
+
+    def rules(self) -> ChoiceRules:
+        """What a kernel must know to choose."""
+        config, groups = self.config, self.config.groups
+        rules = ChoiceRules(self.top_k, config.score, self.renormalize, EPS)
+        if groups is None:
+            return rules
+        num_groups = groups.known()
+        return rules._replace(
+            num_groups=num_groups,
+            top_groups=min(groups.top_groups, num_groups),
+            sum_of_two=groups.score == "top2_sum",
         )
 
     def jittered(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
@@ -351,21 +378,10 @@ def group_notes(model: nn.Module, num_nodes: int | None) -> list[str]:
 
 
 def by_group(score_TE: Tensor, groups: GroupLimit) -> Tensor:
-    """[T, G, M]: a view by the groups' M experts each.
-
-    Raises:
-        ConfigError: the groups follow nodes and nobody has said how many there are.
-    """
-    require(
-        groups.num_groups is not None,
-        "moe.router.groups.num_groups",
-        None,
-        "is not known outside of a launched run",
-        "Set it to the number of nodes that an expert-parallel group spans.",
-    )
-    assert groups.num_groups is not None
+    """[T, G, M]: a view by the groups' M experts each."""
     num_tokens, num_experts = score_TE.shape
-    return score_TE.view(num_tokens, groups.num_groups, num_experts // groups.num_groups)
+    num_groups = groups.known()
+    return score_TE.view(num_tokens, num_groups, num_experts // num_groups)
 
 
 def group_scores(score_TGM: Tensor, groups: GroupLimit) -> Tensor:

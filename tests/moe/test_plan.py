@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moedist.config import ConfigError
 from moedist.moe.capacity import CapacityConfig, Limit
 from moedist.moe.context import TokenContext
 from moedist.moe.noise import RANDOM_DROP, draw_uniform
-from moedist.moe.plan import count, place_in_bucket, plan_capacity
+from moedist.moe.plan import count, fill_buckets, plan_capacity
 from tests.moe.by_hand import kept, routing_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe.capacity.factor")
@@ -230,8 +231,36 @@ def test_count_and_place():
     index = torch.tensor([2, 0, 2, 2, 0])
     assert count(index, 4).tolist() == [2, 0, 3, 0]
     assert count(index, 4, torch.tensor([True, False, True, False, True])).tolist() == [1, 0, 2, 0]
-    assert place_in_bucket(index, 4, None).tolist() == [0, 0, 1, 2, 1]
-    assert place_in_bucket(index, 4, torch.tensor([4, 3, 2, 1, 0])).tolist() == [2, 1, 1, 0, 0]
+
+
+def test_buckets_are_filled_in_order():
+    def filled(bucket_N, order_N):
+        return [part.tolist() for part in fill_buckets(torch.tensor(bucket_N), 4, order_N)]
+
+    backwards = torch.tensor([4, 3, 2, 1, 0])
+    assert filled([2, 0, 2, 2, 0], None) == [[0, 0, 1, 2, 1], [2, 0, 3, 0]]
+    assert filled([2, 0, 2, 2, 0], backwards) == [[2, 1, 1, 0, 0], [2, 0, 3, 0]]
+    assert filled([2, -1, 2, -1, 0], backwards) == [[1, -1, 0, -1, 0], [1, 0, 2, 0]]
+
+
+class Counted(TorchDispatchMode):
+    """The operators that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_pairs_are_counted_once(factor):
+    with Counted() as ran:
+        plan = plan_of([[0, 1], [0, 2], [0, 1]], factor=factor, drop_policy="token")
+    assert plan.asked_E.tolist()[:3] == [3, 2, 1]
+    assert ran.names.count("scatter_add_") == 1, ran.names
 
 
 @pytest.mark.parametrize("policy", ["token", "choice", "probability", "random"])

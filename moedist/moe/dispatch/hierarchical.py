@@ -25,7 +25,7 @@ from moedist.moe.dispatch.traffic import Batch, Traffic, share_reached, there_an
 from moedist.moe.dispatch.wire import EXACT
 from moedist.moe.experts.contract import Rows
 from moedist.moe.placement import Placement
-from moedist.moe.plan import CapacityPlan, place_in_bucket
+from moedist.moe.plan import CapacityPlan, fill_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,10 +396,10 @@ def copy_to_experts(pairs: Pairs, first_slot: int, sizes: Sizes) -> tuple[Copies
     num_arrived, width = pairs.slot_RP.shape
     sizes_e, num_experts = sizes.at_experts_e, len(sizes.at_experts)
     slot_N = pairs.slot_RP.view(-1)
-    expert_N = torch.where(slot_N < 0, num_experts, slot_N - first_slot)
+    expert_N = torch.where(slot_N < 0, -1, slot_N - first_slot)
+    place_N, _ = fill_buckets(expert_N, num_experts, None)
     first_row_e = F.pad(sizes_e.cumsum(0) - sizes_e, (0, 1))
-    row_N = first_row_e[expert_N] + place_in_bucket(expert_N, num_experts + 1, None)
-    row_N = torch.where(slot_N < 0, -1, row_N)
+    row_N = torch.where(slot_N < 0, -1, first_row_e[expert_N] + place_N)
     pair_R = pair_of_row(row_N, sum(sizes.at_experts))
     gate_R = TokensToRows.apply(pairs.gate_RP.view(-1), pair_R, row_N, None, 1)
     return Copies(pair_R // max(width, 1), row_N, width, num_arrived), gate_R

@@ -11,11 +11,14 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 TYPES = {
     "ends": "*i32",
     "sizes": "*i32",
-    "first": "*i32",
-    **dict.fromkeys(("index", "expert", "bucket", "order", "place"), "*i64"),
+    "allowed": "*i1",
+    "selection_bias": "*fp32",
+    **dict.fromkeys(("index", "expert", "bucket", "order", "place", "size_B"), "*i64"),
     **dict.fromkeys(("gate_R", "grad_weight", "logits", "score", "grad_score", "grad_gate", "grad_logits"), "*fp32"),
     **dict.fromkeys(("num_rows", "dim", "hidden_dim", "num_experts", "rows_class", "depth", "width", "height"), "i32"),
-    **dict.fromkeys(("stride_k", "stride_n", "num_terms", "num_tokens", "num_pairs", "num_buckets"), "i32"),
+    **dict.fromkeys(
+        ("stride_k", "stride_n", "num_terms", "num_tokens", "num_pairs", "num_buckets", "num_tiles"), "i32"
+    ),
     "eps": "fp32",
 }
 """Of arguments by name; all others point at numbers of the rows' type."""
@@ -82,13 +85,25 @@ def test_kernels_around_the_experts_compile_ahead_of_time(target):
     pytest.importorskip("triton")
     from moedist.moe.kernels import pairs_kernels as kernels
 
-    choice = {"K": 8, "SCORE": "softmax", "RENORMALIZE": True, **kernels.blocks_of_tokens(128, 8)}
-    pairs = {"ORDERED": True, "PAIRS": 64}
+    blocks = kernels.blocks_of_tokens(256, 8)
+    choice = {"K": 8, "SCORE": "softmax", "RENORMALIZE": True, **blocks}
+    free = {
+        "selection_bias": None,
+        "BIASED": False,
+        "GROUPS": 0,
+        "TOP_GROUPS": 0,
+        "SUM_OF_TWO": False,
+        "GROUP_PLACES": 1,
+    }
+    limited = {"BIASED": True, "GROUPS": 8, "TOP_GROUPS": 4, "SUM_OF_TWO": True, "GROUP_PLACES": 8}
+    pairs = {"PAIRS": 64, "BUCKETS": 128}
     for kernel, constants in (
         (kernels.sum_rows_kernel, {"BLOCK": 1024}),
-        (kernels.choose_kernel, choice),
+        (kernels.choose_kernel, choice | free),
+        (kernels.choose_kernel, choice | limited | {"SCORE": "sigmoid"}),
         (kernels.choose_gradient_kernel, choice),
-        (kernels.count_kernel, {**pairs, "BUCKETS": 128}),
-        (kernels.place_kernel, pairs),
+        (kernels.count_kernel, {**pairs, "ORDERED": True}),
+        (kernels.place_kernel, {**pairs, "ORDERED": False, "PROGRAMS": 32}),
+        (kernels.place_kernel, {**pairs, "ORDERED": True, "PROGRAMS": 32}),
     ):
         assert compiled(kernel, target, "bf16", **constants)["hsaco" if target == "gfx942" else "cubin"]

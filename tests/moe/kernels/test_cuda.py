@@ -19,7 +19,7 @@ from moedist.moe.experts.fused import FusedConfig
 from moedist.moe.experts.loop import LoopConfig
 from moedist.moe.kernels.device import why_not
 from moedist.moe.layer import MoE, MoEConfig
-from tests.moe.kernels.test_pairs import choices, moved
+from tests.moe.kernels.test_pairs import choices, choices_by_score, moved
 from tests.moe.test_experts import ACTIVATIONS, filled, rows_of
 from tests.ranks import Here
 
@@ -79,6 +79,7 @@ def test_experts_equal_the_loop_in_fp64(activation, dtype):
 
 def test_pairs_equal_their_twins():
     choices(Here(0, 1), "cuda")
+    choices_by_score(Here(0, 1), "cuda")
     moved(Here(0, 1), "cuda")
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moedist.moe.balance.bias import BiasConfig
 from moedist.moe.capacity import CapacityConfig
 from moedist.moe.context import TokenContext
 from moedist.moe.dispatch.all_to_all import AllToAllConfig
@@ -26,6 +27,7 @@ from moedist.moe.kernels import ffn
 from moedist.moe.kernels.device import why_not
 from moedist.moe.layer import MoEConfig, experts_notes
 from moedist.moe.router.topk import TopKConfig
+from moedist.moe.token_choice import GroupLimit
 from tests.moe.kernels.conftest import by_twins
 from tests.moe.test_experts import ACTIVATIONS, TOLERANCE, filled, rows_of, run
 from tests.parity import HIDDEN, NUM_EXPERTS, SCENES, Scene, compare, many_ranks, one_device
@@ -152,6 +154,8 @@ def test_a_layer_on_one_device_saves_little_more_than_it_must(interpreter):
 def parity_cases() -> Iterator[tuple[MoEConfig, Scene]]:
     kinds = itertools.cycle([("swiglu", False), ("gelu", True), ("relu", False), ("swiglu", True)])
     policies = itertools.cycle(("probability", "choice", "token"))
+    choices = itertools.cycle(({}, {"score": "sigmoid"}, {"groups": GroupLimit(num_groups=2, top_groups=2)}))
+    balances = itertools.cycle(({}, {"bias": BiasConfig()}))
     for dispatch, (top_k, factor), scene in itertools.product(
         (AllToAllConfig(), PaddedConfig()), ((1, 1.0), (2, 0.75), (3, 1.25)), SCENES
     ):
@@ -160,7 +164,8 @@ def parity_cases() -> Iterator[tuple[MoEConfig, Scene]]:
             warnings.simplefilter("ignore")  # a factor below 1 is the point here
             capacity = CapacityConfig(factor=factor, drop_policy=next(policies))
         experts = FusedConfig(hidden_dim=HIDDEN, activation=activation, bias=bias)
-        yield MoEConfig(NUM_EXPERTS, TopKConfig(top_k=top_k), capacity, dispatch, experts), scene
+        router = TopKConfig(top_k=top_k, **next(choices))
+        yield MoEConfig(NUM_EXPERTS, router, capacity, dispatch, experts, balance=next(balances)), scene
 
 
 def parity(here: Here, ep: int) -> tuple[float, int]:

@@ -11,7 +11,7 @@ from moedist.moe.bank.contract import BankConfig
 from moedist.moe.bank.dispatched import DispatchedBank
 from moedist.moe.dispatch.contract import DispatchConfig
 from moedist.moe.experts.contract import Experts
-from moedist.moe.plan import CapacityPlan, count, place_in_bucket
+from moedist.moe.plan import CapacityPlan, fill_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,6 @@ class HalvedBank(DispatchedBank):
 
 def part(plan: CapacityPlan, here_N: Tensor) -> CapacityPlan:
     """The plan of some of the pairs; the others stand in it as dropped."""
-    num_experts = plan.kept_E.shape[0]
     stays_N = here_N & (plan.slot_N >= 0)
-    bucket_N = torch.where(stays_N, plan.expert_N, num_experts)
-    return dataclasses.replace(
-        plan,
-        gate_N=torch.where(stays_N, plan.gate_N, 0),
-        slot_N=torch.where(stays_N, place_in_bucket(bucket_N, num_experts + 1, None), -1),
-        kept_E=count(plan.expert_N, num_experts, stays_N),
-    )
+    slot_N, kept_E = fill_buckets(torch.where(stays_N, plan.expert_N, -1), plan.kept_E.shape[0], None)
+    return dataclasses.replace(plan, gate_N=torch.where(stays_N, plan.gate_N, 0), slot_N=slot_N, kept_E=kept_E)
